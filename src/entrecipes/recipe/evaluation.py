@@ -1,0 +1,88 @@
+"""`evaluation:` how a model is measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from entrecipes.recipe.base import Count, PositiveCount, Section, register, union
+
+
+@register("features", implementation="entrecipes.evaluation.features:efficientnet_lite0", paper="Tan & Le 2019")
+class EfficientNetLite0Features(Section):
+    """EfficientNet-Lite0 (ImageNet weights from a package, offline): 1280 features. Never comparable with published FID."""
+
+    type: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    size: int = Field(112, gt=0)
+    """Side that images are resized to (bicubic, antialiased)."""
+
+
+@register("features", implementation="entrecipes.evaluation.features:inception", paper="Heusel et al. 2017 (FID)")
+class InceptionFeatures(Section):
+    """The FID network (torch-fidelity's Inception v3, 2048 features): needs `pip install entrecipes[inception]` and its weights."""
+
+    type: Literal["inception"] = "inception"
+    weights: str | None = None
+    """Path of the weights file; null: torch-fidelity downloads it."""
+
+
+@register("features", implementation="entrecipes.evaluation.features:transformers_vision", paper="Stein et al. 2023 (FD-DINOv2)")
+class TransformersFeatures(Section):
+    """Any transformers vision model (DINOv2, CLIP, ViT...) by Hub id or folder: its pooled output."""
+
+    type: Literal["transformers"] = "transformers"
+    id: str = "facebook/dinov2-large"
+    """Hub id or folder."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+FeaturesSection = union("features")
+
+
+class HeldOut(Section):
+    """The fixed bundle (same x0, noise and sigma every time) behind the denoising loss per noise level and the held-out nats."""
+
+    images: PositiveCount = 256
+    """Held-out images in the bundle (all of them when there are fewer)."""
+    noise_levels: int = Field(32, ge=4)
+    """Grid points over log sigma, each applied to every image of the bundle."""
+    gate_pivot: float | None = Field(0.2, gt=0)
+    """Noise level sigma below which the gate sigma^3 / (sigma^3 + pivot^3) fades information out; pin it in comparisons. Null: no gate."""
+    seed: int = 0
+    """Seed of the bundle's images and noise."""
+
+
+class Evaluation(Section):
+    """How the run is measured; every number carries its extractor, counts, split, sampler, steps and seed."""
+
+    every: PositiveCount | None = None
+    """Images between two measurements of the held-out nats (null: only at the end)."""
+    held_out: HeldOut = HeldOut()
+    """The fixed denoising bundle."""
+    metrics: tuple[Literal["fid", "kid", "precision_recall"], ...] = ()
+    """Sample-based metrics, measured at the end (and every `metrics_every` images)."""
+    metrics_every: PositiveCount | None = None
+    """Images between two measurements of the sample-based metrics (null: only at the end)."""
+    features: FeaturesSection = EfficientNetLite0Features()
+    """The network whose features the sample-based metrics compare."""
+    samples: PositiveCount = 1000
+    """Images generated for the metrics."""
+    reference: Literal["train", "held_out"] = "train"
+    """Real images to compare with."""
+    reference_samples: PositiveCount | None = None
+    """Real images used (null: as many as generated, at most all)."""
+    steps: int = Field(20, ge=1)
+    """Denoising steps of each generated image."""
+    guidance_scale: float = Field(1.0, ge=0)
+    """Classifier-free guidance scale; 1 is off."""
+    batch_size: PositiveCount = 250
+    """Images generated or embedded at a time."""
+    seed: int = 0
+    """Seed of the generated images."""
+    grid: int = Field(8, ge=1)
+    """Rows of the sample grid (one column a class, at most 10)."""
+
+
+__all__ = ["Count", "Evaluation", "FeaturesSection", "HeldOut"]

@@ -1,0 +1,73 @@
+"""`pipeline:` and `objective:` which network is trained, on which noise path, for which loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from entrecipes.recipe.base import Section
+
+
+class Component(Section):
+    """A diffusers class and its configuration."""
+
+    class_name: str = Field(alias="class")
+    """Name of a diffusers class, such as UNet2DModel."""
+    config: dict[str, Any] = {}
+    """Arguments of the class; unknown ones are refused before training starts."""
+
+
+class Build(Section):
+    """A network to train from scratch."""
+
+    model: Component
+    """The denoising network."""
+    scheduler: Component
+    """The noise path, the prediction type and the sampler of the published pipeline."""
+    vae: str | None = None
+    """Hub id or folder of a frozen VAE; null: pixel space."""
+    vae_revision: str | None = None
+    """Branch, tag or commit of the VAE."""
+
+
+class Pipeline(Section):
+    """The diffusers pipeline that is trained: an existing one, or one built here."""
+
+    pretrained: str | None = None
+    """Hub id or folder of a pipeline to go on training."""
+    revision: str | None = None
+    """Branch, tag or commit of `pretrained`."""
+    build: Build | None = None
+    """The network to build."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Pipeline:
+        if (self.pretrained is None) == (self.build is None):
+            raise ValueError("give exactly one of 'pretrained' (a Hub id or folder) and 'build' (a model and a scheduler)")
+        if self.revision and not self.pretrained:
+            raise ValueError("'revision' has no effect without 'pretrained'")
+        return self
+
+
+class Objective(Section):
+    """The loss: mean squared error of what the network predicts (set by the scheduler), weighted over noise levels."""
+
+    weighting: Literal["none", "edm", "min_snr", "p2", "sigma_sqrt", "cosmap"] = "none"
+    """none: the network's own prediction space; edm (Karras 2022), min_snr (Hang 2023), p2 (Choi 2022), sigma_sqrt and cosmap (Esser 2024, SD3)."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Standard deviation of the data, for `edm`."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """Cap of the signal-to-noise ratio, for `min_snr`."""
+    p2_gamma: float = Field(1.0, ge=0)
+    """Exponent, for `p2`."""
+    p2_k: float = Field(1.0, gt=0)
+    """Offset, for `p2`."""
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> Objective:
+        used = {"edm": {"sigma_data"}, "min_snr": {"min_snr_gamma"}, "p2": {"p2_gamma", "p2_k"}}
+        idle = self.model_fields_set - {"weighting"} - used.get(self.weighting, set())
+        if idle:
+            raise ValueError(f"{', '.join(sorted(idle))} has no effect with weighting '{self.weighting}'")
+        return self

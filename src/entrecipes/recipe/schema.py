@@ -1,0 +1,51 @@
+"""The whole recipe, and the checks that span its sections."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from entrecipes.recipe.base import Section
+from entrecipes.recipe.data import DataSection
+from entrecipes.recipe.evaluation import Evaluation
+from entrecipes.recipe.noise import NoiseSection, UniformNoise
+from entrecipes.recipe.pipeline import Objective, Pipeline
+from entrecipes.recipe.training import AdamWOptimizer, OptimizerSection, Training
+
+
+class Recipe(Section):
+    """Everything that decides what a run does."""
+
+    description: str
+    """One line for `entrecipes ls` and the model card."""
+    license: str = "apache-2.0"
+    """Licence of the trained weights, for the model card."""
+    pipeline: Pipeline
+    """Which network is trained, on which noise path."""
+    data: DataSection
+    """What is trained on."""
+    objective: Objective = Objective()
+    """The loss."""
+    noise: NoiseSection = UniformNoise()
+    """Which noise levels are trained."""
+    optimizer: OptimizerSection = AdamWOptimizer()
+    """How the weights move."""
+    training: Training
+    """The run."""
+    evaluation: Evaluation = Evaluation()
+    """How the run is measured."""
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> Recipe:
+        problems = []
+        training, evaluation = self.training, self.evaluation
+        if training.micro_batch_size and training.batch_size % training.micro_batch_size:
+            problems.append("training.batch_size must be a multiple of training.micro_batch_size")
+        if "metrics_every" in evaluation.model_fields_set and not evaluation.metrics:
+            problems.append("evaluation.metrics_every has no effect while evaluation.metrics is empty")
+        if evaluation.metrics and evaluation.reference == "held_out" and not (
+            self.data.held_out or getattr(self.data, "held_out_split", None)
+        ):
+            problems.append("evaluation.reference: held_out needs data.held_out above 0")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
