@@ -1,0 +1,189 @@
+"""Model families: the one small adapter that each diffusers model class needs to be trained, sampled and published.
+
+A family knows how its model is called, what its null label is, which stock pipeline carries it, and what that pipeline
+asks of a scheduler. Adding a model class is one subclass of [`Family`] here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConsistencyModelPipeline, DiffusionPipeline, DiTPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor
+
+from entrecipes.diffusion.pixel_vae import build_pixel_vae
+from entrecipes.errors import UserError
+
+
+class Family(ABC):
+    """How one diffusers model class is called, sampled and published."""
+
+    model_class: ClassVar[str]
+    component: ClassVar[str]
+    """Name of the denoiser in the pipeline (`unet`, `transformer`)."""
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    guidance: ClassVar[bool]
+    """Whether the stock pipeline offers classifier-free guidance."""
+
+    @abstractmethod
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        """Call the model (or a wrapper of it): `sample` [n, C, H, W], `timestep` [n], `labels` [n] -> [n, C, H, W]."""
+
+    @abstractmethod
+    def num_classes(self, model: ModelMixin) -> int | None:
+        """Classes that the model is conditioned on; None: unconditional."""
+
+    @abstractmethod
+    def generate(
+        self, pipeline: DiffusionPipeline, labels: list[int] | None, num_images: int, steps: int, guidance_scale: float,
+        generator: list[torch.Generator],
+    ) -> Tensor:  # fmt: skip
+        """Sample with the stock pipeline: [num_images, C, H, W] in [0, 1]."""
+
+    def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
+        """The stock pipeline around `model`."""
+        return self.pipeline_class(**{self.component: model, "scheduler": scheduler})
+
+    def null_label(self, model: ModelMixin) -> int | None:
+        """The label that stands for "no class" in guidance; None where the pipeline has no guidance."""
+        return None
+
+    def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:
+        """Adjust a fresh or loaded model to our trainer; nothing by default."""
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Refuse a scheduler that the stock pipeline can't sample with, before any training.
+
+        Raises:
+            UserError: Naming the scheduler, what it lacks and one that fits.
+        """
+        if not hasattr(scheduler, "scale_model_input"):
+            raise UserError(
+                f"{type(scheduler).__name__} can't sample in {self.pipeline_class.__name__}, the stock pipeline of "
+                f"{self.model_class} (it has no scale_model_input). For flow matching take DPMSolverMultistepScheduler "
+                "with prediction_type: flow_prediction and use_flow_sigmas: true."
+            )
+
+
+class UNet2D(Family):
+    """`UNet2DModel` in pixel space, published as `ConsistencyModelPipeline`, the stock pipeline that passes class labels."""
+
+    model_class = "UNet2DModel"
+    component = "unet"
+    pipeline_class = ConsistencyModelPipeline
+    guidance = False
+
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        return model(sample, timestep, class_labels=labels, return_dict=False)[0]
+
+    def num_classes(self, model: ModelMixin) -> int | None:
+        return model.config.num_class_embeds
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        super().check_scheduler(scheduler)
+        if "generator" not in inspect.signature(scheduler.step).parameters:
+            raise UserError(
+                f"{type(scheduler).__name__}.step takes no generator, which {self.pipeline_class.__name__} passes; take "
+                "DDIMScheduler, EDMEulerScheduler or DPMSolverMultistepScheduler."
+            )
+
+    def generate(
+        self, pipeline: DiffusionPipeline, labels: list[int] | None, num_images: int, steps: int, guidance_scale: float,
+        generator: list[torch.Generator],
+    ) -> Tensor:  # fmt: skip
+        return pipeline(
+            batch_size=num_images,
+            class_labels=labels,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="pt",
+        ).images
+
+
+class DiT(Family):
+    """`DiTTransformer2DModel`, published as `DiTPipeline`: always class-conditional, latent or (with the pixel VAE) pixels."""
+
+    model_class = "DiTTransformer2DModel"
+    component = "transformer"
+    pipeline_class = DiTPipeline
+    guidance = True
+
+    NULL_LABEL = 1000
+    """DiTPipeline hard-codes it, so small class sets need `num_embeds_ada_norm: 1000` too."""
+
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        prediction = model(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
+        return prediction[:, : sample.shape[1]]  # published checkpoints append a learned variance
+
+    def num_classes(self, model: ModelMixin) -> int | None:
+        return model.config.num_embeds_ada_norm
+
+    def null_label(self, model: ModelMixin) -> int | None:
+        if model.config.num_embeds_ada_norm != self.NULL_LABEL:
+            raise UserError(
+                "pipeline.build.model.config.num_embeds_ada_norm: DiTPipeline hard-codes 1000 as the label of guidance's "
+                f"unconditional half; set 1000 (now {model.config.num_embeds_ada_norm}), or training.label_dropout: 0."
+            )
+        return self.NULL_LABEL
+
+    def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:
+        for module in model.modules():
+            # Every block drops labels on its own in train mode, so that a sample is hardly ever unconditional in all of
+            # them: labels are dropped once per sample, outside.
+            if type(module).__name__ == "LabelEmbedding":
+                module.dropout_prob = 0.0
+        if from_scratch:  # adaLN-Zero (Peebles & Xie 2023, section 3.2), which diffusers leaves out
+            for layer in [block.norm1.linear for block in model.transformer_blocks] + [model.proj_out_2]:
+                torch.nn.init.zeros_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        super().check_scheduler(scheduler)
+        if abs(float(scheduler.init_noise_sigma) - 1) > 1e-3:
+            raise UserError(
+                f"{type(scheduler).__name__} starts from noise of standard deviation {float(scheduler.init_noise_sigma):.3g}, "
+                "but DiTPipeline always starts from 1; take a VP scheduler such as DDIMScheduler, or "
+                "DPMSolverMultistepScheduler with use_flow_sigmas: true."
+            )
+
+    def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
+        vae = vae or build_pixel_vae(model.config.in_channels, model.config.sample_size)
+        return self.pipeline_class(transformer=model, scheduler=scheduler, vae=vae)
+
+    def generate(
+        self, pipeline: DiffusionPipeline, labels: list[int] | None, num_images: int, steps: int, guidance_scale: float,
+        generator: list[torch.Generator],
+    ) -> Tensor:  # fmt: skip
+        return pipeline(
+            class_labels=labels,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="pt",
+        ).images
+
+
+FAMILIES: dict[str, Family] = {family.model_class: family for family in (UNet2D(), DiT())}
+
+
+def family_of(model_class: str) -> Family:
+    """The family of a diffusers model class name.
+
+    Raises:
+        UserError: For a class without an adapter.
+    """
+    try:
+        return FAMILIES[model_class]
+    except KeyError:
+        raise UserError(f"no recipe trains a {model_class} yet; supported: {', '.join(FAMILIES)}") from None
+
+
+def family_of_pipeline(pipeline: DiffusionPipeline) -> Family:
+    """The family whose model a loaded pipeline carries."""
+    for family in FAMILIES.values():
+        if type(getattr(pipeline, family.component, None)).__name__ == family.model_class:
+            return family
+    raise UserError(f"{type(pipeline).__name__} carries no model that can be trained here; supported: {', '.join(FAMILIES)}")

@@ -1,0 +1,128 @@
+"""From a recipe's `pipeline:` section to the parts that are trained, and back to an ordinary diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+
+from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
+from entrecipes.diffusion.path import GaussianPath
+from entrecipes.diffusion.pixel_vae import is_pixel_vae
+from entrecipes.errors import UserError, nearest
+from entrecipes.recipe.pipeline import Component, Pipeline
+
+
+@dataclass
+class Components:
+    """The parts of one pipeline in training."""
+
+    model: ModelMixin
+    scheduler: SchedulerMixin
+    vae: AutoencoderKL | None
+    """None in pixel space (the identity VAE of a published pixel-space DiT counts as none)."""
+    vae_id: str
+    """Where the VAE came from, with its revision; the latent cache's key."""
+    family: Family
+    path: GaussianPath
+
+    def pipeline(self, model: ModelMixin | None = None) -> DiffusionPipeline:
+        """The stock pipeline around these parts, with another copy of the model if given, quiet while it samples."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        pipeline = self.family.assemble(model or self.model, scheduler, self.vae)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images (not of the latents)."""
+        return self.vae.config.in_channels if self.vae else self.model.config.in_channels
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels that the model's sample size stands for."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae else 1
+        return self.model.config.sample_size * factor
+
+
+def load_components(section: Pipeline, seed: int = 0) -> Components:
+    """Build or load what `pipeline:` names, on the CPU.
+
+    Args:
+        section: The recipe's section.
+        seed: Seed of freshly built weights, the same on every device.
+
+    Raises:
+        UserError: For an unknown class or argument, an unsupported model or scheduler, or a pipeline that can't be had.
+    """
+    if section.pretrained is not None:
+        pipeline = load_pipeline(section.pretrained, section.revision)
+        family = family_of_pipeline(pipeline)
+        model, scheduler, vae = getattr(pipeline, family.component), pipeline.scheduler, getattr(pipeline, "vae", None)
+        vae_id = f"{section.pretrained}@{section.revision}/vae"
+    else:
+        build = section.build
+        family = family_of(_known(build.model.class_name, FAMILIES, "pipeline.build.model.class"))
+        schedulers = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+        _known(build.scheduler.class_name, schedulers, "pipeline.build.scheduler.class")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _instantiate(build.model, "pipeline.build.model")
+        scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
+        vae_id = f"{build.vae}@{build.vae_revision}"
+        vae = _from_hub(AutoencoderKL, build.vae, build.vae_revision) if build.vae else None
+    family.check_scheduler(scheduler)
+    family.prepare_for_training(model, from_scratch=section.pretrained is None)
+    if vae is not None:
+        vae = None if is_pixel_vae(vae) else vae.requires_grad_(False).eval()
+    return Components(model, scheduler, vae, vae_id, family, GaussianPath.from_scheduler(scheduler))
+
+
+def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline:
+    """A pipeline from a folder (a run folder's `pipeline/` is found too) or the Hub, in float32.
+
+    Raises:
+        UserError: When there is none, or it can't be read.
+    """
+    if (Path(source) / "pipeline" / "model_index.json").exists():
+        source = str(Path(source) / "pipeline")
+    return _from_hub(DiffusionPipeline, source, revision)
+
+
+def _from_hub(cls: type, source: str, revision: str | None) -> Any:
+    """`cls.from_pretrained` with errors that say what to do next."""
+    looks_local = Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not Path(source).is_dir():
+        raise UserError(f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)")
+    try:
+        return cls.from_pretrained(source, revision=revision, torch_dtype=torch.float32)
+    except (OSError, ValueError, EnvironmentError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = (
+            "check the folder" if Path(source).is_dir() else "check the id, your network and `hf auth login`, or give a folder"
+        )
+        raise UserError(f"{source}: no {cls.__name__} could be loaded ({first_line}); {advice}") from error
+
+
+def _known(name: str, options: Any, key: str) -> str:
+    if name not in options:
+        raise UserError(f"{key}: '{name}' is not supported{nearest(name, options)}")
+    return name
+
+
+def _instantiate(component: Component, key: str) -> Any:
+    """Call a diffusers class, refusing arguments that it would ignore (`from_config` only warns)."""
+    cls = getattr(diffusers, component.class_name)
+    known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for name in component.config:
+        if name not in known:
+            raise UserError(f"{key}.config.{name}: {component.class_name} takes no such argument{nearest(name, known)}")
+    try:
+        return cls(**component.config)
+    except (TypeError, ValueError, AssertionError, IndexError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{key}: {component.class_name} refuses this config: {error}") from error

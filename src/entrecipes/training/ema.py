@@ -1,0 +1,47 @@
+"""The averaged model: a copy of the network whose weights follow an exponential moving average counted in images."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from entrecipes.recipe.training import Ema
+
+
+class EmaModel:
+    """Averages every floating-point weight, trainable or frozen.
+
+    diffusers' own class copies a weight the moment it is frozen, which throws its average away; here a frozen weight's
+    average goes on converging to it. The average is a model of its own: it is evaluated and saved as it is, and the
+    trained weights are never swapped out.
+
+    The weight's share in the average halves every `half_life` images (Karras et al. 2022), or every
+    `warmup_ratio * images seen` while that is less.
+    """
+
+    def __init__(self, section: Ema, model: nn.Module) -> None:
+        self.section = section
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def decay(self, images: int, batch_size: int) -> float:
+        """Share of the average that stays at the step that ends at `images`."""
+        half_life = min(self.section.half_life, images * self.section.warmup_ratio)
+        return 0.5 ** (batch_size / half_life)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, images: int, batch_size: int) -> None:
+        """Move the average towards `model` after the step that ends at `images`; buffers are copied."""
+        weight = 1.0 - self.decay(images, batch_size)
+        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], weight)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights and buffers by name."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        self.model.load_state_dict(state)
