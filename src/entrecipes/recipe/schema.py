@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
+from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection
 from entrecipes.recipe.data import DataSection
 from entrecipes.recipe.evaluation import Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
@@ -27,6 +28,8 @@ class Recipe(Section):
     """The loss."""
     noise: NoiseSection = UniformNoise()
     """Which noise levels are trained."""
+    blocks: BlocksSection = AllBlocksSection()
+    """Which weights are trained, and from when."""
     optimizer: OptimizerSection = AdamWOptimizer()
     """How the weights move."""
     training: Training
