@@ -1,0 +1,75 @@
+"""From a recipe's `data:` section to what a given model trains on: images of its size, or cached latents of its VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from entrecipes.data.images import ImageSet, Splits
+from entrecipes.data.latents import cache_latents
+from entrecipes.diffusion.pipelines import Components
+from entrecipes.diffusion.space import LatentSpace, PixelSpace
+from entrecipes.errors import UserError
+from entrecipes.recipe.base import build
+from entrecipes.recipe.data import ImageData
+
+LATENT_BATCH = 16
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """The data of a run."""
+
+    train: ImageSet
+    """What the loop draws from: uint8 images, or latent moments."""
+    held_out: ImageSet | None
+    """The part kept from training, of the same kind."""
+    space: PixelSpace | LatentSpace
+    """How either becomes x0."""
+    images: Splits
+    """The images themselves, for sample-based metrics."""
+    num_classes: int | None
+    """Classes that images are asked for by; None for an unconditional model."""
+
+
+def open_data(section: ImageData, components: Components, device: torch.device) -> OpenedData:
+    """Open the data set in the size and the channels that the model takes.
+
+    Raises:
+        UserError: When the data and the model do not fit (labels, number of classes, channels, size), or the data is bad.
+    """
+    num_classes = components.family.num_classes(components.model)
+    image_size, channels = section.image_size or components.image_size, section.channels or components.channels
+    if (image_size, channels) != (components.image_size, components.channels):
+        raise UserError(
+            f"data: images of {image_size} px and {channels} channel(s), but the model takes {components.image_size} px and "
+            f"{components.channels}; leave out data.image_size and data.channels, or change the model's config"
+        )
+    images: Splits = build("data", section, image_size=image_size, channels=channels)
+    if num_classes is None:
+        images = Splits(*(part and replace(part, labels=None) for part in (images.train, images.held_out)))
+        found = None
+    elif images.train.labels is None:
+        raise UserError(f"data: the model is class-conditional, but {images.train.name} has no labels")
+    else:
+        found = len(images.train.label_names or ()) or int(images.train.labels.max()) + 1
+        if found > num_classes:
+            raise UserError(f"data: {images.train.name} has {found} classes, but the model is built for {num_classes}")
+    if components.vae is None:
+        return OpenedData(images.train, images.held_out, PixelSpace(), images, found)
+    vae = components.vae.to(device)
+    train, held_out = (
+        part
+        and cache_latents(
+            part,
+            vae,
+            vae_id=components.vae_id,
+            dtype=torch.float32,
+            batch_size=LATENT_BATCH,
+            device=device,
+            flip=flip,
+        )
+        for part, flip in ((images.train, section.horizontal_flip), (images.held_out, False))
+    )
+    return OpenedData(train, held_out, LatentSpace(vae), images, found)

@@ -1,0 +1,122 @@
+"""Measure a model as its recipe says: held-out nats on a fixed bundle, sample-based metrics, images to look at."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from entrecipes.data.images import ImageSet
+from entrecipes.data.opening import OpenedData
+from entrecipes.diffusion.denoiser import Denoiser
+from entrecipes.diffusion.pipelines import Components
+from entrecipes.evaluation.generation import Shard, balanced_labels, generate
+from entrecipes.evaluation.heldout import HeldOutBundle
+from entrecipes.evaluation.metrics import compare
+from entrecipes.evaluation.result import Metric
+from entrecipes.recipe.base import build
+from entrecipes.recipe.evaluation import Evaluation
+
+GRID_COLUMNS = 10
+
+
+class Evaluator:
+    """Everything that is measured on one data set with one evaluation section; the bundles and features are kept."""
+
+    def __init__(
+        self, section: Evaluation, components: Components, data: OpenedData, device: torch.device, shard: Shard
+    ) -> None:
+        self.section, self.components, self.data = section, components, data
+        self.device, self.shard = device, shard
+        self._bundles: dict[str, HeldOutBundle] | None = None
+        self._extractor: Any = None
+
+    # -- denoising --------------------------------------------------------------------------------------------------
+
+    def held_out(self, model: ModelMixin, split: str = "held_out") -> Any:
+        """The denoising error per noise level and the nats of `model` on the fixed bundle of a split."""
+        if self._bundles is None:
+            splits = {"held_out": self.data.held_out, "train": self.data.train}
+            self._bundles = {name: self._bundle(images) for name, images in splits.items() if images is not None}
+        denoiser = Denoiser(model, self.components.family, self.components.path)
+        training = model.training
+        model.eval()
+        try:
+            return self._bundles[split].measure(denoiser.x0_error, batch_size=self.section.batch_size, shard=self.shard)
+        finally:
+            model.train(training)
+
+    def held_out_row(self, model: ModelMixin) -> dict[str, Any]:
+        """A log row: the nats of the held-out and of the training bundle side by side, and the profile of the former."""
+        started = time.perf_counter()
+        splits = ["held_out", "train"] if self.data.held_out is not None else ["train"]
+        results = {split: self.held_out(model, split) for split in splits}
+        first = results[splits[0]]
+        row = first.to_row() | {"split": splits[0], "train_nats": results["train"].nats}
+        return row | {"seconds": time.perf_counter() - started}
+
+    def _bundle(self, images: ImageSet) -> HeldOutBundle:
+        section = self.section.held_out
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(section.seed))
+        chosen = order[: section.images].tolist()
+        x0 = self.data.space.encode(torch.stack([images.image(i) for i in chosen]).to(self.device))
+        labels = images.labels[chosen].to(self.device) if images.labels is not None else None
+        return HeldOutBundle(section, x0, labels, self.components.path)
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def samples(self, model: ModelMixin, count: int, labels: list[int] | None = None) -> Tensor:
+        """uint8 images [count, C, H, W] on the CPU from the stock pipeline around `model`, classes in turn."""
+        section, num_classes = self.section, self.data.num_classes
+        if labels is None and num_classes:
+            labels = balanced_labels(count, num_classes)
+        pipeline = self.components.pipeline(model).to(self.device)
+        return generate(
+            pipeline,
+            self.components.family,
+            labels,
+            count,
+            steps=section.steps,
+            guidance_scale=section.guidance_scale,
+            seed=section.seed,
+            batch_size=section.batch_size,
+            shard=self.shard,
+        )
+
+    def grid(self, model: ModelMixin) -> tuple[Tensor, int]:
+        """Images for the sample grid, row by row, and its number of columns (one a class, at most ten)."""
+        columns = min(self.data.num_classes or GRID_COLUMNS, GRID_COLUMNS)
+        labels = balanced_labels(columns * self.section.grid, columns) if self.data.num_classes else None
+        return self.samples(model, columns * self.section.grid, labels), columns
+
+    def metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
+        """The sample-based metrics of the recipe, each with where it comes from."""
+        section = self.section
+        if not section.metrics:
+            return []
+        fake = self.samples(model, section.samples)
+        real_set = self.data.images.train if section.reference == "train" else self.data.images.held_out
+        count = min(section.reference_samples or section.samples, len(real_set))
+        order = torch.randperm(len(real_set), generator=torch.Generator().manual_seed(section.seed))[:count]
+        if self._extractor is None:
+            self._extractor = build("features", section.features, device=self.device)
+        origin = origin | {
+            "data": real_set.name,
+            "split": section.reference,
+            "sampler": type(self.components.scheduler).__name__,
+            "steps": section.steps,
+            "guidance_scale": section.guidance_scale,
+            "seed": section.seed,
+        }
+        return compare(
+            section.metrics,
+            self._extractor,
+            torch.stack([real_set.image(i) for i in order.tolist()]),
+            fake,
+            batch_size=section.batch_size,
+            seed=section.seed,
+            origin=origin,
+        )

@@ -1,0 +1,61 @@
+"""Generate images with a stock pipeline, each from its own seed, so that batch size and process count change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from entrecipes.diffusion.families import Family
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process among those that share an evaluation."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """Concatenates equally sized tensors of all processes along the first dimension, in rank order."""
+
+
+def balanced_labels(count: int, num_classes: int) -> list[int]:
+    """`count` labels that go round all classes: 0, 1, ..., 0, 1, ..."""
+    return [i % num_classes for i in range(count)]
+
+
+@torch.inference_mode()
+def generate(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    labels: Sequence[int] | None,
+    count: int,
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """Sample `count` images; image i starts from the seed `seed + i` whatever the batch or the process.
+
+    Args:
+        labels: One label an image, or None for an unconditional model.
+        shard: Processes that share the work; every one gets all images.
+
+    Returns:
+        uint8 [count, C, H, W] on the CPU.
+    """
+    share = -(-count // shard.world_size)
+    mine = [min(i, count - 1) for i in range(shard.rank * share, (shard.rank + 1) * share)]
+    images = []
+    for start in range(0, share, batch_size):
+        indices = mine[start : start + batch_size]
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
+        wanted = [labels[i] for i in indices] if labels is not None else None
+        samples = family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators)
+        images.append(samples.float().clamp(0, 1).mul(255).round().to(torch.uint8))
+    return shard.gather(torch.cat(images))[:count].cpu()

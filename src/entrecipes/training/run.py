@@ -1,0 +1,369 @@
+"""A run: everything the loop works on, built from a recipe, saved in checkpoints and brought back from them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from entrecipes.data.loader import Batch, batches
+from entrecipes.data.opening import open_data
+from entrecipes.diffusion.denoiser import Denoiser
+from entrecipes.diffusion.objective import Objective
+from entrecipes.diffusion.pipelines import load_components
+from entrecipes.errors import UserError
+from entrecipes.evaluation.evaluator import Evaluator
+from entrecipes.evaluation.generation import Shard
+from entrecipes.recipe.base import build
+from entrecipes.recipe.schema import Recipe
+from entrecipes.report.plots import save_grid
+from entrecipes.training import checkpoint
+from entrecipes.training.ema import EmaModel
+from entrecipes.training.optimizer import build_optimizer
+from entrecipes.training.randomness import StepRandom
+from entrecipes.training.resume import check_continues
+from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run.
+
+    Args:
+        recipe: What to do.
+        folder: The run folder, or None to write nothing at all.
+        listener: Called with every log row.
+
+    Raises:
+        UserError: For whatever in the recipe, the data or the folder does not fit, before any training.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path | None, listener: Listener | None = None) -> None:
+        self.recipe, self.folder = recipe, folder
+        training = recipe.training
+        check_trackers(training.trackers)
+        if training.cpu_threads:
+            torch.set_num_threads(training.cpu_threads)
+        self.accelerator = Accelerator(
+            mixed_precision=training.precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(training.trackers) or None,
+            project_dir=folder,
+        )
+        self.device = self.accelerator.device
+        self._check_batch_size()
+
+        self.components = load_components(recipe.pipeline, training.seed)
+        self.data = open_data(recipe.data, self.components, self.device)
+        self.space = self.data.space
+        self.model = self.components.model.to(self.device)
+        self._prepare_model()
+        self.ema = EmaModel(training.ema, self.model) if training.ema else None
+        self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device)
+        self.objective = Objective(recipe.objective, self.components.path)
+        self.blocks = build("blocks", recipe.blocks, model=self.model)
+        self.random = StepRandom(
+            training.seed, training.batch_size, self.accelerator.process_index, self.world_size, self.device
+        )
+        self.null_label = self.components.family.null_label(self.model) if training.label_dropout else None
+        if training.label_dropout and self.null_label is None:
+            raise UserError(
+                f"training.label_dropout has no effect: {self.components.family.pipeline_class.__name__}, the stock "
+                f"pipeline of {self.components.family.model_class}, has no guidance; remove the key"
+            )
+
+        self.images = 0
+        self.stop_requested = False
+        self.seconds = 0.0  # of training, without evaluation, sampling and checkpoints
+        self.optimizer: Any = None
+        self.events = self.blocks.advance(0)
+        self._wrap()
+        self.log = RunLog(folder, self.accelerator, listener)
+        self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, self._shard())
+        self._clear_window()
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together."""
+        return self.accelerator.num_processes
+
+    def _check_batch_size(self) -> None:
+        training = self.recipe.training
+        if training.batch_size % self.world_size:
+            raise UserError(
+                f"training.batch_size: {training.batch_size} images can't be shared by {self.world_size} processes; "
+                f"take a multiple of {self.world_size}"
+            )
+        share = training.batch_size // self.world_size
+        if training.micro_batch_size and share % training.micro_batch_size:
+            raise UserError(
+                f"training.micro_batch_size: {training.micro_batch_size} does not divide a process's share of "
+                f"{share} images ({training.batch_size} over {self.world_size} processes)"
+            )
+
+    def _prepare_model(self) -> None:
+        training = self.recipe.training
+        if training.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if training.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.model.train()
+
+    def _wrap(self) -> None:
+        """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
+        if self.optimizer is not None:  # undo accelerate's wrapping, so that it is not applied twice
+            self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+            self.accelerator._optimizers.clear()
+        previous = getattr(self.optimizer, "optimizer", None)
+        optimizer = build_optimizer(self.recipe.optimizer, self.model, previous)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.recipe.training.compile and previous is None:
+            self.model.compile()
+        self.denoiser = Denoiser(self.wrapped, self.components.family, self.components.path)
+
+    def _shard(self) -> Shard:
+        return Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's share of every batch from the current position on."""
+        training = self.recipe.training
+        return batches(
+            self.data.train,
+            seed=training.seed,
+            batch_size=training.batch_size,
+            start_images=self.images,
+            rank=self.accelerator.process_index,
+            world_size=self.world_size,
+            device=self.device,
+            flip=self.recipe.data.horizontal_flip,
+            num_workers=getattr(self.recipe.data, "num_workers", 0),
+        )
+
+    def drop_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Replace a share of the labels [n] by the null label, once per sample."""
+        if not self.recipe.training.label_dropout:
+            return labels
+        dropped = self.random.uniform() < self.recipe.training.label_dropout
+        return torch.where(dropped, self.null_label, labels)
+
+    def micro_batches(self) -> Iterator[tuple[slice, Callable[[], Any]]]:
+        """Rows of each forward pass, and the context that holds gradients back until the last one."""
+        share = self.recipe.training.batch_size // self.world_size
+        size = self.recipe.training.micro_batch_size or share
+        for start in range(0, share, size):
+            last = start + size == share
+            yield slice(start, start + size), contextlib.nullcontext if last else self._no_sync
+
+    def _no_sync(self) -> Any:
+        return self.accelerator.no_sync(self.wrapped)
+
+    def clip_gradients(self) -> Tensor | None:
+        """Clip the gradient's norm if the recipe says so; returns the norm before, on the device."""
+        limit = self.recipe.training.clip_grad_norm
+        return self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit) if limit else None
+
+    def update_ema(self) -> None:
+        """Move the averaged model."""
+        if self.ema:
+            self.ema.update(self.model, self.images, self.recipe.training.batch_size)
+
+    def record(
+        self, log_sigma: Tensor, weight: Tensor, losses: list[Tensor], x0_errors: list[Tensor], grad_norm: Tensor | None
+    ) -> None:
+        """Tell the noise sampler and the log window what this step saw; all tensors stay on the device."""
+        loss, x0_error = torch.cat(losses), torch.cat(x0_errors)
+        if self.noise.records:
+            gathered = self.accelerator.gather(torch.stack([loss, x0_error], dim=1))
+            self.noise.record(log_sigma, gathered[:, 1], gathered[:, 0])
+        window = torch.stack([(loss * weight).mean(), x0_error.mean(), grad_norm if grad_norm is not None else loss.new_zeros(())])
+        self.window += window.double()
+        self.window_steps += 1
+
+    def advance_blocks(self) -> None:
+        """Let the block schedule open, close or remove weights; rebuild what depends on them when it did."""
+        events = self.blocks.advance(self.images)
+        if events:
+            self._wrap()
+            for event in events:
+                self.log.write("event", self.images, what=event)
+
+    # -- when due ---------------------------------------------------------------------------------------------------
+
+    def due(self, every: int | None, before: int) -> bool:
+        """Whether a multiple of `every` images was passed since `before`, or training has just ended."""
+        if self.images >= self.recipe.training.images:
+            return True
+        return every is not None and self.images // every > before // every
+
+    def log_when_due(self, before: int) -> None:
+        """Write the means over the steps since the last row: the one place where the loop waits for the device."""
+        if not self.due(self.recipe.training.log_every, before):
+            return
+        loss, x0_error, grad_norm = self.accelerator.reduce(self.window / self.window_steps, "mean").tolist()
+        self._check_finite(loss)
+        seconds = self._stop_clock()
+        steps = self.window_steps
+        values = {
+            "loss": loss,
+            "x0_error": x0_error,
+            "grad_norm": grad_norm if self.recipe.training.clip_grad_norm else None,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": steps * self.recipe.training.batch_size / seconds if seconds else None,
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "seconds": self.seconds,
+        }
+        self.log.write("train", self.images, **values)
+        self._clear_window()
+
+    def _check_finite(self, loss: float) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            raise UserError(
+                f"the loss became {loss} within the {self.window_steps} steps before image {self.images}. The checkpoints "
+                "are older than that; lower optimizer.learning_rate, or train without fp16, and run again to go on from there."
+            )
+
+    def begin(self) -> None:
+        """Write down how the run starts; a fresh run measures the untrained model first."""
+        facts = {"world_size": self.world_size, "device": str(self.device), "precision": self.accelerator.mixed_precision}
+        self.log.write("start", self.images, **facts)
+        for event in self.events if self.images == 0 else ():
+            self.log.write("event", 0, what=event)
+        if self.images == 0 and self.recipe.evaluation.every:
+            self.log.write("held_out", 0, **self.evaluator.held_out_row(self.eval_model))
+        self.started = time.perf_counter()
+
+    def measure_when_due(self, before: int) -> None:
+        """Held-out nats, sample grid and sample-based metrics of the averaged model, each on its own cadence."""
+        evaluation, training = self.recipe.evaluation, self.recipe.training
+        with self._maintenance():
+            if self.due(evaluation.every, before):
+                self.log.write("held_out", self.images, **self.evaluator.held_out_row(self.eval_model))
+            if self.folder and self.due(training.sample_every, before):
+                images, columns = self.evaluator.grid(self.eval_model)
+                if self.accelerator.is_main_process:
+                    save_grid(images, self.folder / "samples" / f"images-{self.images:012d}.png", columns)
+            if self.due(evaluation.metrics_every, before):
+                for metric in self.evaluator.metrics(self.eval_model, self.origin()):
+                    self.log.write("metric", self.images, **metric.to_json())
+
+    def checkpoint_when_due(self, before: int) -> None:
+        """Save everything that decides what happens next."""
+        if self.folder and (self.stop_requested or self.due(self.recipe.training.checkpoint_every, before)):
+            with self._maintenance():
+                self._check_finite(float(self.window.sum()))
+                if self.accelerator.is_main_process:
+                    checkpoint.save(
+                        self.folder / "checkpoints", self.images, self.state_dict(), self.recipe.training.keep_checkpoints
+                    )
+                self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _maintenance(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        self._stop_clock()
+        yield
+        self.started = time.perf_counter()
+
+    def _stop_clock(self) -> float:
+        """Add the time since the clock was started to the run's training seconds; returns the window's so far."""
+        now = time.perf_counter()
+        self.window_seconds += now - self.started
+        self.seconds += now - self.started
+        self.started = now
+        return self.window_seconds
+
+    def _clear_window(self) -> None:
+        self.window = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.window_steps, self.window_seconds, self.started = 0, 0.0, time.perf_counter()
+
+    @property
+    def eval_model(self) -> Any:
+        """The weights that are evaluated and published: the averaged ones, or the trained ones without EMA."""
+        return self.ema.model if self.ema else self.model
+
+    def origin(self) -> dict[str, Any]:
+        """What every number measured on this model says of it."""
+        return {"images": self.images, "training_seed": self.recipe.training.seed, "ema": self.ema is not None}
+
+    # -- saving and resuming ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides anything from here on."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else {},
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "noise": self.noise.state_dict(),
+            "blocks": self.blocks.state_dict(),
+            "window": {"sums": self.window, "steps": self.window_steps, "seconds": self.window_seconds},
+            "run": {
+                "images": self.images,
+                "seconds": self.seconds,
+                "world_size": self.world_size,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+            "recipe": self.recipe.model_dump(mode="json", by_alias=True),
+        }
+
+    def resume(self) -> Path | None:
+        """Go on from the checkpoint that `training.resume` means, if there is one.
+
+        Returns:
+            The checkpoint used, or None when the run starts from the beginning.
+
+        Raises:
+            UserError: When the named checkpoint is unusable or belongs to another recipe.
+        """
+        choice = self.recipe.training.resume
+        if choice == "never" or self.folder is None:
+            return None
+        if choice == "auto":
+            found = checkpoint.newest(self.folder / "checkpoints")
+        else:
+            found = Path(choice), checkpoint.load(Path(choice))
+        if found is None:
+            return None
+        path, state = found
+        for notice in check_continues(path, state, self.recipe, self.world_size):
+            logger.warning(notice)
+        self._load(path, state)
+        self.log.rewind(self.images)
+        return path
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
+        self.images = state["run"]["images"]
+        self.seconds = state["run"]["seconds"]
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"] or state["model"])
+            self.blocks.load_state_dict(state["blocks"])
+            if self.blocks.advance(self.images):
+                self._wrap()
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            self.noise.load_state_dict(state["noise"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{path}: does not fit this recipe's model or optimizer ({reason}); name another checkpoint, or "
+                "training.resume=never"
+            ) from error
+        if self.accelerator.scaler is not None and state["run"]["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["run"]["scaler"])
+        self.window = state["window"]["sums"].to(self.device)
+        self.window_steps, self.window_seconds = state["window"]["steps"], state["window"]["seconds"]
+        self.started = time.perf_counter()
