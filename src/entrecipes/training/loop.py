@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from entrecipes.data.loader import Batch
 from entrecipes.training.optimizer import learning_rate, set_learning_rate
 from entrecipes.training.run import Run
 
 
 def train(run: Run) -> None:
-    """Train until the recipe's images are seen (or the run is asked to stop).
-
-    One turn is one optimizer step over `batch_size` images. No line waits for the device except the log, evaluation,
-    sampling and checkpoint lines, each when due. All methods are called through their interface whatever the recipe
-    chose; the plain choices do nothing. Every random number is a function of (seed, images).
-    """
-    training, random = run.recipe.training, run.random
+    """Train until the recipe's images are seen, or the run is asked to stop (it then leaves a checkpoint)."""
     run.begin()
     batches = run.batches()
-    while run.images < training.images and not run.stop_requested:
-        random.begin(run.images)
-
-        batch = next(batches)
-        x0 = run.space.encode(batch.images, random.normal)
-        labels = run.drop_labels(batch.labels)
-
-        log_sigma, weight = run.noise.sample(training.batch_size, random.generator)
-        level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype)
-        noise = random.normal(*x0.shape[1:])
-
-        set_learning_rate(run.optimizer, learning_rate(run.recipe.optimizer, run.images, training.images))
-        losses, x0_errors = [], []
-        for rows, synchronise in run.micro_batches():
-            with synchronise():
-                prediction, target = run.denoiser(
-                    x0[rows], noise[rows], level[rows], labels if labels is None else labels[rows]
-                )
-                loss, x0_error = run.objective(prediction, target, level[rows])
-                run.accelerator.backward((loss * weight[rows]).sum() / len(x0))
-            losses.append(loss.detach())
-            x0_errors.append(x0_error)
-        grad_norm = run.clip_gradients()
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-
-        before, run.images = run.images, run.images + training.batch_size
-        run.update_ema()
-        run.record(log_sigma, weight, losses, x0_errors, grad_norm)
-        run.noise.refresh(run.images)
-        run.advance_blocks()
-
+    while run.images < run.recipe.training.images and not run.stop_requested:
+        before = run.images
+        step(run, batches)
         run.log_when_due(before)
         run.measure_when_due(before)
         run.checkpoint_when_due(before)
+
+
+def step(run: Run, batches: Iterator[Batch]) -> None:
+    """One optimizer step over `batch_size` images.
+
+    No line waits for the device. All methods are called through their interface whatever the recipe chose; the plain
+    choices do nothing. Every random number is a function of (seed, images).
+    """
+    training, random = run.recipe.training, run.random
+    random.begin(run.images)
+
+    batch = next(batches)
+    x0 = run.space.encode(batch.images, random.normal)
+    labels = run.drop_labels(batch.labels)
+
+    log_sigma, weight = run.noise.sample(training.batch_size, random.generator)
+    level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype)
+    noise = random.normal(*x0.shape[1:])
+
+    set_learning_rate(run.optimizer, learning_rate(run.recipe.optimizer, run.images, training.images))
+    losses, x0_errors = [], []
+    for rows, synchronise in run.micro_batches():
+        with synchronise():
+            label = labels if labels is None else labels[rows]
+            prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], label)
+            loss, x0_error = run.objective(prediction, target, level[rows])
+            run.accelerator.backward((loss * weight[rows]).sum() / len(x0))
+        losses.append(loss.detach())
+        x0_errors.append(x0_error)
+    grad_norm = run.clip_gradients()
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+    run.images += training.batch_size
+    run.update_ema()
+    run.record(log_sigma, weight, losses, x0_errors, grad_norm)
+    run.noise.refresh(run.images)
+    run.advance_blocks()

@@ -1,0 +1,126 @@
+"""`entrecipes run`: train a recipe here, through `accelerate launch`, or only try it out (`--dry-run`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from entrecipes.errors import UserError
+from entrecipes.recipe.load import LoadedRecipe, load
+
+HELP = "train a recipe: train, measure, write card and report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("recipe", help="a recipe file, or the name of one that comes with entrecipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as training.images=20k")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take a few steps, write nothing")
+    parser.add_argument(
+        "--accelerate", metavar="FILE", help="launch through Accelerate with this config (or: cpu, ddp, fsdp, zero2)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb."""
+    loaded = load(args.recipe, args.overrides)
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.accelerate:
+        return _through_accelerate(args)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("entrecipes").setLevel(logging.INFO)
+    return _dry_run(loaded) if args.dry_run else _train(loaded)
+
+
+def _through_accelerate(args: argparse.Namespace) -> int:
+    """Start `accelerate launch` on this same verb; the recipe is already known to be valid."""
+    from entrecipes.recipe.load import RECIPES
+
+    config = Path(args.accelerate)
+    if not config.exists():
+        config = RECIPES / "accelerate" / f"{args.accelerate}.yaml"
+    if not config.exists():
+        names = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
+        raise UserError(f"--accelerate {args.accelerate}: no such file; the configs that come with entrecipes: {names}")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "entrecipes", "run"]
+    return subprocess.call([*command, args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
+
+
+def _train(loaded: LoadedRecipe) -> int:
+    from entrecipes.training.launch import Interrupted, run_recipe, run_folder
+
+    show = _Progress(loaded) if sys.stdout.isatty() else _print_row
+    try:
+        folder = run_recipe(loaded, listener=show)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    assert folder == run_folder(loaded)
+    _print_ending(folder)
+    return 0
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    """One JSON object a line, for machines and log files."""
+    print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}), flush=True)
+
+
+class _Progress:
+    """A progress bar with loss, speed, memory and time left, for people at a terminal."""
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=loaded.recipe.training.images, unit="img", unit_scale=True, dynamic_ncols=True)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "train":
+            self.bar.update(min(row["images"], self.bar.total) - self.bar.n)
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}", peak=f"{row['peak_memory_gib']:.2f}GiB")
+            if row["images"] >= self.bar.total:
+                self.bar.close()
+        elif row["kind"] == "held_out":
+            self.bar.write(f"image {row['images']:,}: {row['split']} {row['nats']:.3f} nats")
+        elif row["kind"] == "metric":
+            self.bar.write(f"image {row['images']:,}: {row['name']} {row['value']:.4g}")
+        elif row["kind"] == "event":
+            self.bar.write(f"image {row['images']:,}: {row['what']}")
+
+
+def _print_ending(folder: Path) -> None:
+    from entrecipes.report.card import snippet
+
+    facts = json.loads((folder / "run.json").read_text())
+    print(f"\nDone: {facts['images']:,} images in {facts['seconds_training']:.0f} s of training.")
+    for what, path in (
+        ("sample grid", "samples/final.png"),
+        ("report", "report.html"),
+        ("model card", "README.md"),
+        ("pipeline", "pipeline"),
+    ):
+        print(f"  {what:12} {folder / path}")
+    print("\nLoad it with plain diffusers:\n")
+    print(snippet(facts, str(folder / "pipeline")))
+
+
+def _dry_run(loaded: LoadedRecipe) -> int:
+    from entrecipes.training.dry_run import dry_run
+
+    estimate = dry_run(loaded.recipe)
+    minutes = estimate.training_seconds / 60
+    print(f"recipe             {loaded.name}: {loaded.recipe.description}")
+    print(f"parameters         {estimate.trainable_parameters:,} trainable of {estimate.parameters:,}")
+    print(f"data               {estimate.train_images:,} training images, {estimate.held_out_images:,} held out")
+    print(f"processes          {estimate.world_size}")
+    print(f"memory             {estimate.weights_gib:.3f} GiB weights, gradients, optimizer, EMA; peak {estimate.peak_memory_gib:.3f} GiB")
+    print(f"speed              {estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training")
+    for plan in estimate.evaluations:
+        print(f"evaluation         {plan}")
+    print("nothing was written")
+    return 0

@@ -1,0 +1,79 @@
+"""Build everything a recipe names, take a few steps, and say what the run would cost; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from entrecipes.recipe.schema import Recipe
+from entrecipes.training.loop import step
+from entrecipes.training.run import Run
+from entrecipes.training.tracking import peak_memory_gib
+
+TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a dry run found."""
+
+    parameters: int
+    trainable_parameters: int
+    weights_gib: float
+    """Weights, their average, gradients and optimizer state after a step."""
+    peak_memory_gib: float
+    """The most memory held during the steps (on a CPU: of the whole process)."""
+    images_per_second: float
+    """Over the steps after the first."""
+    training_seconds: float
+    """For the recipe's images at that speed, evaluations not counted."""
+    evaluations: list[str]
+    """What would be measured, and how often."""
+    world_size: int
+    train_images: int
+    held_out_images: int
+
+
+def dry_run(recipe: Recipe) -> Estimate:
+    """Take one step to warm up and two to time.
+
+    Raises:
+        UserError: For all that a real run would refuse.
+    """
+    run = Run(recipe, folder=None)
+    batches = run.batches()
+    step(run, batches)
+    started = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        step(run, batches)
+    run.window.tolist()  # wait for the device
+    rate = TIMED_STEPS * recipe.training.batch_size / (time.perf_counter() - started)
+    trainable = [p for p in run.model.parameters() if p.requires_grad]
+    state = [v for values in run.optimizer.optimizer.state.values() for v in values.values() if hasattr(v, "nbytes")]
+    held = list(run.model.parameters()) + trainable + state + (list(run.ema.model.parameters()) if run.ema else [])
+    return Estimate(
+        parameters=sum(p.numel() for p in run.model.parameters()),
+        trainable_parameters=sum(p.numel() for p in trainable),
+        weights_gib=sum(tensor.nbytes for tensor in held) / 2**30,
+        peak_memory_gib=peak_memory_gib(run.device),
+        images_per_second=rate,
+        training_seconds=recipe.training.images / rate,
+        evaluations=planned(recipe),
+        world_size=run.world_size,
+        train_images=len(run.data.train),
+        held_out_images=len(run.data.held_out or ()),
+    )
+
+
+def planned(recipe: Recipe) -> list[str]:
+    """The measurements of a recipe in words."""
+    total, evaluation = recipe.training.images, recipe.evaluation
+
+    def times(every: int | None) -> str:
+        return f"every {every:,} images ({max(1, total // every)} times)" if every else "at the end"
+
+    plans = [f"held-out nats, {times(evaluation.every)}", f"sample grid, {times(recipe.training.sample_every)}"]
+    if evaluation.metrics:
+        names = ", ".join(evaluation.metrics)
+        plans.append(f"{names} on {evaluation.samples:,} samples of {evaluation.steps} steps, {times(evaluation.metrics_every)}")
+    return plans

@@ -1,0 +1,112 @@
+"""The end of a run: an ordinary diffusers pipeline, its numbers, its card and its report, all on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entrecipes.report.card import write_card
+from entrecipes.report.plots import save_grid
+from entrecipes.report.report import write_report
+from entrecipes.training.run import Run
+from entrecipes.training.tracking import peak_memory_gib
+
+VERSIONS = ("entrecipes", "torch", "diffusers", "accelerate", "transformers", "datasets", "torchmetrics", "numpy")
+
+
+def publish(run: Run, name: str) -> None:
+    """Write `pipeline/`, `samples/final.png`, `run.json`, the card and the report into the run folder.
+
+    Args:
+        run: A run that has seen all its images.
+        name: The recipe's name.
+    """
+    images, columns = run.evaluator.grid(run.eval_model)
+    peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
+    if run.accelerator.is_main_process:
+        save_pipeline(run, run.folder / "pipeline")
+        save_grid(images, run.folder / "samples" / "final.png", columns)
+        (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
+        write_card(run.folder)
+        write_report(run.folder)
+    run.accelerator.wait_for_everyone()
+
+
+def save_pipeline(run: Run, target: Path) -> None:
+    """Save the evaluated weights as a stock pipeline; the folder is replaced only by a whole one."""
+    partial = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    run.components.pipeline(run.eval_model).save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
+    """Everything that the card and the report say about the run, as JSON."""
+    recipe, components, train = run.recipe, run.components, run.data.images.train
+    rates = [row["images_per_second"] for row in run.log.rows("train") if row["images_per_second"]]
+    return {
+        "name": name,
+        "description": recipe.description,
+        "license": recipe.license,
+        "images": run.images,
+        "batch_size": recipe.training.batch_size,
+        "seed": recipe.training.seed,
+        "world_size": run.world_size,
+        "device": device_name(run.device),
+        "precision": recipe.training.precision,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "seconds_training": run.seconds,
+        "images_per_second": statistics.median(rates) if rates else None,
+        "peak_memory_gib": peak_gib,
+        "data": {
+            "name": train.name,
+            "source": train.source,
+            "license": train.license,
+            "train_images": len(train),
+            "held_out_images": len(run.data.images.held_out or ()),
+            "label_names": list(train.label_names or ()) if run.data.num_classes else [],
+            "bad_images": train.bad_images,
+        },
+        "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
+        "pipeline": {
+            "class": components.family.pipeline_class.__name__,
+            "model_class": components.family.model_class,
+            "scheduler_class": type(components.scheduler).__name__,
+            "prediction_type": components.path.prediction_type,
+            "num_classes": run.data.num_classes,
+            "sample_size": components.image_size,
+            "channels": components.channels,
+            "steps": recipe.evaluation.steps,
+            "guidance_scale": recipe.evaluation.guidance_scale,
+            "latent": run.space.latent,
+        },
+        "metrics": final_metrics(run),
+    }
+
+
+def final_metrics(run: Run) -> list[dict[str, Any]]:
+    """The last value of every metric, each with its origin."""
+    metrics = {row["name"]: row for row in run.log.rows("metric")}
+    return [{key: value for key, value in row.items() if key not in ("kind", "images")} for row in metrics.values()]
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's or the processor's name, with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} thread(s)"
