@@ -1,0 +1,149 @@
+"""The model card: metadata with `model-index` results that a leaderboard can read, and everything needed to judge them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from entrecipes.evaluation.result import Metric
+from entrecipes.report import facts
+from entrecipes.report.plots import draw_plots
+from entrecipes.report.run_folder import RunFolder
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+TASK = "unconditional-image-generation"
+"""The Hub's only task for images without a prompt; class-conditional models carry it too."""
+
+
+def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
+    """Write the model card of a finished run as `README.md`, and again into `pipeline/`, with all that it shows.
+
+    `pipeline/` becomes the whole of what is published: beside the pipeline it holds the card, `assets/` (sample grid and
+    curves) and `recipe.yaml` (the resolved recipe).
+
+    Args:
+        folder: The run folder.
+        repo_id: Hub id that the card's snippet loads; null: the local pipeline folder.
+
+    Returns:
+        The path of the card in the run folder.
+
+    Raises:
+        UserError: When a file that the card needs is missing or damaged, or a metric is not finite (named).
+    """
+    folder = RunFolder(folder)
+    run, metrics = folder.run, facts.metrics(folder)
+    pipeline = folder.path / "pipeline"
+    plots = draw_plots(folder)
+    if folder.samples:
+        (folder.path / "assets").mkdir(exist_ok=True)
+        plots["samples"] = Path(shutil.copyfile(folder.samples[-1][1], folder.path / "assets" / "samples.png"))
+    card = ModelCard.from_template(
+        _card_data(folder, metrics),
+        template_path=str(TEMPLATE),
+        run=run,
+        metrics=metrics,
+        facts=facts,
+        plots={name: f"assets/{path.name}" for name, path in plots.items()},
+        snippet=snippet(run, repo_id or _shown(pipeline)),
+        local=repo_id is None,
+        held_out_origin=facts.held_out_origin(folder),
+        tables={
+            "Data": facts.data_rows(run),
+            "Speed and memory": facts.speed_rows(run),
+            "Seed and versions": facts.environment_rows(run),
+        },
+        recipe=folder.recipe_text.strip(),
+        cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+    )
+    path = folder.path / "README.md"
+    card.save(path)
+    if pipeline.is_dir():
+        shutil.copyfile(path, pipeline / "README.md")
+        shutil.copyfile(folder.path / "recipe.yaml", pipeline / "recipe.yaml")
+        if plots:
+            shutil.copytree(folder.path / "assets", pipeline / "assets", dirs_exist_ok=True)
+    return path
+
+
+def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
+    """Python that loads the pipeline with diffusers and torch alone and writes `samples.png`.
+
+    Args:
+        run: The facts of `run.json`.
+        folder_or_repo: The pipeline folder or Hub id.
+    """
+    pipeline = run["pipeline"]
+    place = folder_or_repo.as_posix() if isinstance(folder_or_repo, Path) else folder_or_repo
+    count = min(pipeline.get("num_classes") or 10, 10)
+    labels = f"class_labels={list(range(count))}" if pipeline.get("num_classes") else None
+    if pipeline["class"] == "DiTPipeline":
+        arguments = [labels, f"guidance_scale={pipeline['guidance_scale']}"]
+    else:
+        arguments = [f"batch_size={count}", labels]
+    arguments += [f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
+    small = pipeline["sample_size"] < 64
+    return "\n".join(
+        [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "from diffusers.utils import make_image_grid",
+            "",
+            f'pipeline = DiffusionPipeline.from_pretrained("{place}")',
+            'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+            "images = pipeline(",
+            *(f"    {argument}," for argument in arguments if argument),
+            ").images",
+            f'make_image_grid(images, rows=1, cols={count}{", resize=64" if small else ""}).save("samples.png")',
+        ]
+    )
+
+
+def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
+    run, recipe = folder.run, folder.recipe
+    data = recipe["data"]
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=run["data"]["source"],
+            dataset_name=run["data"]["name"],
+            dataset_split=metric.origin.get("split"),
+            metric_type=metric.name,
+            metric_name=metric.name,
+            metric_value=metric.value,
+            metric_args={"origin": metric.origin} | ({} if metric.spread is None else {"spread": metric.spread}),
+        )
+        for metric in metrics
+    ]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["entrecipes", "diffusion", run["pipeline"]["class"]],
+        license=run["license"],
+        base_model=_hub_id(recipe["pipeline"].get("pretrained")),
+        datasets=_hub_id(data["id"]) if data["type"] == "hub" else None,
+        model_name=run["name"],
+        eval_results=results or None,
+    )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it is one of the Hub and not a folder."""
+    if name is None or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _shown(path: Path) -> str:
+    """The path relative to the working directory where it lies inside it."""
+    path, here = path.resolve(), Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()

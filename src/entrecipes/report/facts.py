@@ -1,0 +1,131 @@
+"""What the card and the report say of a run, in words: metrics with their origin, data, speed, versions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from entrecipes.evaluation.result import Metric
+from entrecipes.report.run_folder import RunFolder
+
+Rows = list[tuple[str, str]]
+
+
+def metrics(folder: RunFolder) -> list[Metric]:
+    """The final metrics of `run.json`; while the run goes on, the newest of each name from `metrics.jsonl`.
+
+    Raises:
+        UserError: For a number that is not finite, naming the metric: a NaN is never reported.
+    """
+    records = folder.run.get("metrics", []) if folder.has("run.json") else folder.metrics("metric")
+    newest = {record["name"]: {key: record.get(key) for key in Metric.__annotations__} for record in records}
+    return [Metric.from_json(record) for record in newest.values()]
+
+
+def value(metric: Metric) -> str:
+    """Value and spread for a table."""
+    return number(metric.value) + (f" ± {number(metric.spread)}" if metric.spread is not None else "")
+
+
+def reduced(metrics: list[Metric]) -> list[str]:
+    """Names that tell an extractor or sample count (`kid_efflite0_1k`): no paper's FID or KID compares with them."""
+    return [metric.name for metric in metrics if re.match(r"(fid|kid|precision|recall)_", metric.name)]
+
+
+def origins(metrics: list[Metric]) -> list[tuple[list[str], str]]:
+    """Where the numbers come from: for each feature extractor what its metrics share, then what single ones add.
+
+    Returns:
+        Pairs of metric names and their common facts in words.
+    """
+    groups: dict[Any, list[Metric]] = {}
+    for metric in metrics:
+        groups.setdefault(metric.origin.get("extractor"), []).append(metric)
+    lines = []
+    for group in groups.values():
+        shared = dict(set.intersection(*(set(metric.origin.items()) for metric in group)))
+        shared = {key: fact for key, fact in group[0].origin.items() if key in shared}
+        lines.append(([metric.name for metric in group], _words(shared)))
+        for metric in group:
+            if own := {key: fact for key, fact in metric.origin.items() if key not in shared}:
+                lines.append(([metric.name], _words(own)))
+    return [(names, text) for names, text in lines if text]
+
+
+def held_out_origin(folder: RunFolder) -> str:
+    """Where the held-out nats come from: the bundle's size, gate and seed, as the recipe sets them."""
+    bundle = dict(folder.recipe.get("evaluation", {}).get("held_out", {})) if folder.has("recipe.yaml") else {}
+    if "images" in bundle and folder.has("run.json"):
+        bundle["images"] = min(bundle["images"], folder.run["data"]["held_out_images"] or bundle["images"])
+    texts = {
+        "images": "{:,} images",
+        "noise_levels": "{} noise levels",
+        "gate_pivot": "gate pivot {}",
+        "seed": "seed {}",
+    }
+    return ", ".join(text.format(bundle[key]) for key, text in texts.items() if bundle.get(key) is not None)
+
+
+def data_rows(run: dict[str, Any]) -> Rows:
+    """Name, source, licence and counts of the data."""
+    data = run["data"]
+    labels = data.get("label_names")
+    bad = data.get("bad_images")
+    return _rows(
+        ("Data set", data.get("name")),
+        ("Source", data.get("source")),
+        ("Licence of the data", data.get("license")),
+        ("Training images", _count(data.get("train_images"))),
+        ("Held-out images", _count(data.get("held_out_images"))),
+        ("Classes", labels and f"{len(labels)}: {', '.join(map(str, labels[:20]))}{', ...' * (len(labels) > 20)}"),
+        ("Unreadable images skipped", _count(len(bad) if isinstance(bad, list) else bad) if bad else None),
+    )
+
+
+def speed_rows(run: dict[str, Any]) -> Rows:
+    """Size, speed and memory."""
+    parameters, trainable = run.get("parameters"), run.get("trainable_parameters")
+    return _rows(
+        ("Images seen in training", _count(run.get("images"))),
+        ("Batch size", _count(run.get("batch_size"))),
+        ("Parameters", parameters and f"{parameters:,}, of them trained {trainable:,}"),
+        ("Speed (median)", (speed := run.get("images_per_second")) and f"{number(speed)} images/s"),
+        ("Peak memory", (memory := run.get("peak_memory_gib")) and f"{number(memory)} GiB"),
+        ("Time in training steps", duration(run.get("seconds_training"))),
+        ("Time in all (with evaluation)", duration(run.get("seconds_total"))),
+        ("Device", run.get("device")),
+        ("Processes", _count(run.get("world_size"))),
+        ("Precision", {"no": "float32"}.get(run.get("precision"), run.get("precision"))),
+    )
+
+
+def environment_rows(run: dict[str, Any]) -> Rows:
+    """Seed and versions."""
+    return _rows(("Seed", run.get("seed")), *run["versions"].items())
+
+
+def number(value: float) -> str:
+    """Four significant digits; thousands separated."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def duration(seconds: float | None) -> str | None:
+    """`3 min 20 s`."""
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {fact}" for key, fact in facts.items() if fact is not None)
+
+
+def _count(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _rows(*pairs: tuple[str, Any]) -> Rows:
+    return [(label, str(value)) for label, value in pairs if value is not None and value != ""]

@@ -1,0 +1,65 @@
+"""The report of a run: one HTML file with everything in it, for a finished run or one that is still going on."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import jinja2
+
+from entrecipes.report import facts
+from entrecipes.report.plots import draw_plots
+from entrecipes.report.run_folder import RunFolder
+
+EARLIER_GRIDS = 5
+"""Sample grids shown beside the last one, spread evenly over the run."""
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` from whatever the run folder holds so far.
+
+    The file embeds its images and style, asks for nothing outside it, and reads on a phone.
+
+    Raises:
+        UserError: When a file that is there is damaged (a missing one only leaves its section out).
+    """
+    folder = RunFolder(folder)
+    run = folder.run if folder.has("run.json") else None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    samples = [(label, _embedded(path)) for label, path in folder.samples]
+    html = environment.get_template("report.html.jinja").render(
+        name=run["name"] if run else folder.path.resolve().name,
+        description=run["description"] if run else _description(folder),
+        run=run,
+        facts=facts,
+        metrics=facts.metrics(folder),
+        held_out=folder.metrics("held_out"),
+        held_out_origin=facts.held_out_origin(folder),
+        samples=samples[-1:],
+        earlier_samples=_spread(samples[:-1], EARLIER_GRIDS),
+        plots={name: _embedded(path) for name, path in draw_plots(folder).items()},
+        events=folder.metrics("start", "event"),
+        last=(folder.metrics("train") or [None])[-1],
+        recipe=folder.recipe_text.strip() if folder.has("recipe.source.yaml") else None,
+        resolved=folder.resolved_text if folder.has("recipe.yaml") else None,
+        card=folder.has("README.md"),
+    )
+    path = folder.path / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _description(folder: RunFolder) -> str:
+    return folder.recipe.get("description", "") if folder.has("recipe.yaml") else ""
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _spread(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spaced, the first among them."""
+    step = max(1, -(-len(items) // count))
+    return items[::step]
