@@ -93,30 +93,40 @@ class Evaluator:
         return self.samples(model, columns * self.section.grid, labels), columns
 
     def metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
-        """The sample-based metrics of the recipe, each with where it comes from."""
+        """The held-out nats and the recipe's sample-based metrics, each with where it comes from.
+
+        Args:
+            model: The weights to measure, on the device.
+            origin: What the caller knows of them (images seen, training seed, whether they are averaged).
+        """
         section = self.section
-        if not section.metrics:
-            return []
+        split = "held_out" if self.data.held_out is not None else "train"
+        about = origin | {"data": self.data.images.train.name}
+        nats = self.held_out(model, split).to_metric(about | {"split": split})
+        return [nats, *self._sample_metrics(model, about)] if section.metrics else [nats]
+
+    def _sample_metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
+        section = self.section
         fake = self.samples(model, section.samples)
-        real_set = self.data.images.train if section.reference == "train" else self.data.images.held_out
-        count = min(section.reference_samples or section.samples, len(real_set))
-        order = torch.randperm(len(real_set), generator=torch.Generator().manual_seed(section.seed))[:count]
+        real = self.data.images.train if section.reference == "train" else self.data.images.held_out
+        count = min(section.reference_samples or section.samples, len(real))
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(section.seed))[:count]
         if self._extractor is None:
             self._extractor = build("features", section.features, device=self.device)
-        origin = origin | {
-            "data": real_set.name,
-            "split": section.reference,
-            "sampler": type(self.components.scheduler).__name__,
-            "steps": section.steps,
-            "guidance_scale": section.guidance_scale,
-            "seed": section.seed,
-        }
         return compare(
             section.metrics,
             self._extractor,
-            torch.stack([real_set.image(i) for i in order.tolist()]),
+            (torch.stack([real.image(i) for i in part.tolist()]) for part in order.split(section.batch_size)),
             fake,
             batch_size=section.batch_size,
             seed=section.seed,
-            origin=origin,
+            origin=origin
+            | {
+                "split": section.reference,
+                "sampler": type(self.components.scheduler).__name__,
+                "steps": section.steps,
+                "guidance_scale": section.guidance_scale,
+                "seed": section.seed,
+            },
+            real_fingerprint=f"{real.fingerprint}-{section.seed}-{count}",
         )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ class Run:
                     save_grid(images, self.folder / "samples" / f"images-{self.images:012d}.png", columns)
             if self.due(evaluation.metrics_every, before):
                 for metric in self.evaluator.metrics(self.eval_model, self.origin()):
-                    self.log.write("metric", self.images, **metric.to_json())
+                    self.log.write("metric", self.images, **asdict(metric))
 
     def checkpoint_when_due(self, before: int) -> None:
         """Save everything that decides what happens next."""

@@ -1,0 +1,55 @@
+"""`entrecipes evaluate`: measure a trained pipeline as a recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from entrecipes.errors import UserError
+from entrecipes.recipe.load import load
+
+HELP = "measure a pipeline: held-out nats, and the sample-based metrics of a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as evaluation.samples=2k")
+    parser.add_argument("--recipe", help="recipe with the data and the evaluation (default: the run folder's own)")
+    parser.add_argument("-o", "--output", type=Path, help="also write the numbers here, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb."""
+    own = Path(args.pipeline) / "recipe.yaml"
+    if args.recipe is None and not own.exists():
+        raise UserError(f"{args.pipeline}: no run folder with a recipe.yaml; say which data and metrics: --recipe NAME")
+    recipe = load(args.recipe or str(own), args.overrides).recipe
+
+    import torch
+
+    from entrecipes.data.opening import open_data
+    from entrecipes.diffusion.pipelines import load_components
+    from entrecipes.evaluation.evaluator import Evaluator
+    from entrecipes.evaluation.generation import Shard
+    from entrecipes.recipe.pipeline import Pipeline
+
+    if recipe.training.cpu_threads:
+        torch.set_num_threads(recipe.training.cpu_threads)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    components = load_components(Pipeline(pretrained=args.pipeline))
+    model = components.model.to(device).eval()
+    data = open_data(recipe.data, components, device)
+    evaluator = Evaluator(recipe.evaluation, components, data, device, Shard())
+    metrics = evaluator.metrics(model, {})
+    width = max(len(metric.name) for metric in metrics)
+    for metric in metrics:
+        spread = f" ± {metric.spread:.3g}" if metric.spread is not None else ""
+        origin = ", ".join(f"{key} {value}" for key, value in metric.origin.items())
+        print(f"{metric.name:{width}}  {metric.value:.5g}{spread}   ({origin})")
+    if args.output:
+        args.output.write_text(json.dumps([asdict(metric) for metric in metrics], indent=1) + "\n")
+        print(f"written to {args.output}")
+    return 0

@@ -1,0 +1,80 @@
+"""`entrecipes generate`: images from a trained pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from entrecipes.errors import UserError
+
+HELP = "sample images from a run folder, a pipeline folder or a Hub id"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("-n", "--count", type=int, default=40, help="images (default 40)")
+    parser.add_argument("--labels", help="classes asked for, such as 3,1,4; they repeat in turn (default: all in turn)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is off (default)")
+    parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (default 0)")
+    parser.add_argument("--batch-size", type=int, default=100, help="images at a time (default 100)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"), help="grid to write (default samples.png)")
+    parser.add_argument("--separate", type=Path, metavar="FOLDER", help="also write every image into this folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb."""
+    import torch
+
+    from entrecipes.diffusion.families import family_of_pipeline
+    from entrecipes.diffusion.pipelines import load_pipeline
+    from entrecipes.evaluation.generation import generate
+    from entrecipes.report.plots import save_grid
+
+    if args.count < 1 or args.steps < 1:
+        raise UserError("--count and --steps must be at least 1")
+    pipeline = load_pipeline(args.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(torch.accelerator.current_accelerator() or "cpu")
+    family = family_of_pipeline(pipeline)
+    if args.guidance_scale != 1 and not family.guidance:
+        raise UserError(f"--guidance-scale: {type(pipeline).__name__} has no guidance; leave it out")
+    num_classes = family.num_classes(getattr(pipeline, family.component))
+    labels = _labels(args.labels, num_classes, args.count)
+    images = generate(
+        pipeline,
+        family,
+        labels,
+        args.count,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    save_grid(images, args.output, columns=min(10, args.count))
+    print(f"{len(images)} images in {args.output}" + (f", classes {sorted(set(labels))}" if labels else ""))
+    if args.separate:
+        from PIL import Image
+
+        args.separate.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            pixels = image.permute(1, 2, 0).numpy()
+            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(args.separate / f"{i:05d}.png")
+        print(f"each of them in {args.separate}/")
+    return 0
+
+
+def _labels(text: str | None, num_classes: int | None, count: int) -> list[int] | None:
+    """The class of every image."""
+    if num_classes is None:
+        if text:
+            raise UserError("--labels: this pipeline is unconditional; leave it out")
+        return None
+    try:
+        wanted = [int(part) for part in text.split(",")] if text else list(range(min(num_classes, 10)))
+    except ValueError:
+        raise UserError(f"--labels: '{text}' is not a list of whole numbers such as 3,1,4") from None
+    if bad := [label for label in wanted if not 0 <= label < num_classes]:
+        raise UserError(f"--labels: {bad[0]} is not a class of this pipeline (0 to {num_classes - 1})")
+    return [wanted[i % len(wanted)] for i in range(count)]

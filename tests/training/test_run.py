@@ -1,0 +1,138 @@
+"""Real tiny runs: resume, accumulation, freezing, label dropout, divergence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import DIT, EDM, FLOW, UNET, tiny_recipe
+
+from entrecipes.errors import UserError
+from entrecipes.training.loop import step, train
+from entrecipes.training.run import Run
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def rows(folder, kind):
+    timing = {"seconds", "images_per_second", "peak_memory_gib"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines if line["kind"] == kind]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("noise", [{"type": "log_normal"}, {"type": "loss_aware", "bins": 4, "history": 2, "refresh_every": 32}])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, noise):
+    """Weights (with dropout in the model), EMA, logged losses and held-out nats equal those of an uninterrupted run."""
+    recipe = tiny_recipe(noise=noise)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = Run(recipe, tmp_path / "whole")
+    train(whole)
+
+    part = Run(recipe, tmp_path / "parts")
+    part.log.listener = lambda row: setattr(part, "stop_requested", row["images"] >= 80)
+    train(part)
+    assert 80 <= part.images < 160
+    rest = Run(recipe, tmp_path / "parts")
+    assert rest.resume().name == f"images-{part.images:012d}"
+    train(rest)
+
+    assert_equal(weights(whole), weights(rest))
+    assert_equal(whole.ema.state_dict(), rest.ema.state_dict())
+    assert rows(tmp_path / "whole", "train") == rows(tmp_path / "parts", "train")
+    assert rows(tmp_path / "whole", "held_out") == rows(tmp_path / "parts", "held_out")
+
+
+def test_accumulated_gradients_equal_the_large_batch():
+    model = {**UNET, "config": {**UNET["config"], "dropout": 0.0}}  # dropout would draw per forward pass
+    runs = [Run(tiny_recipe(model, training={"images": 48, "micro_batch_size": size}), None) for size in (None, 4)]
+    for run in runs:
+        train(run)
+    whole, parts = map(weights, runs)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-5)
+
+
+def test_stages_freeze_weights_and_the_average_goes_on():
+    blocks = {"type": "staged", "stages": [{"train": ["*"]}, {"from_images": 32, "train": ["up_blocks.*", "conv_out.*"]}]}
+    run = Run(tiny_recipe(blocks=blocks, optimizer={"type": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}), None)
+    batches = run.batches()
+    for _ in range(2):
+        step(run, batches)
+    before, average = weights(run), run.ema.state_dict()["conv_in.weight"].clone()
+    for _ in range(3):
+        step(run, batches)
+    after = weights(run)
+    assert torch.equal(before["conv_in.weight"], after["conv_in.weight"]), "freeze means freeze"
+    assert not torch.equal(before["conv_out.weight"], after["conv_out.weight"])
+    assert run.model.conv_in.weight not in run.optimizer.optimizer.state
+    distance = (average - before["conv_in.weight"]).norm()
+    assert 0 < (run.ema.state_dict()["conv_in.weight"] - before["conv_in.weight"]).norm() < distance
+
+
+def test_staged_training_resumes_bit_for_bit(tmp_path):
+    blocks = {"type": "staged", "stages": [{"train": ["*"]}, {"from_images": 48, "train": ["up_blocks.*"]}, {"from_images": 112, "train": ["*"]}]}
+    recipe = tiny_recipe(blocks=blocks)
+    whole = Run(recipe, None)
+    train(whole)
+    part = Run(recipe, tmp_path)
+    part.log.listener = lambda row: setattr(part, "stop_requested", row["images"] >= 64)
+    train(part)
+    rest = Run(recipe, tmp_path)
+    rest.resume()
+    assert not rest.model.conv_in.weight.requires_grad
+    train(rest)
+    assert_equal(weights(whole), weights(rest))
+    assert len(rows(tmp_path, "event")) == 3
+
+
+def test_labels_are_dropped_once_per_sample_and_only_where_guidance_exists():
+    run = Run(tiny_recipe(DIT, FLOW, training={"label_dropout": 0.5, "batch_size": 64}), None)
+    run.random.begin(0)
+    labels = torch.arange(64) % 10
+    dropped = run.drop_labels(labels)
+    assert set(dropped[dropped != labels].tolist()) == {1000}
+    assert 15 < (dropped == 1000).sum() < 49
+    assert all(m.dropout_prob == 0 for m in run.model.modules() if type(m).__name__ == "LabelEmbedding")
+    with pytest.raises(UserError, match="label_dropout has no effect"):
+        Run(tiny_recipe(UNET, EDM, training={"label_dropout": 0.1}), None)
+
+
+def test_a_diverged_loss_is_named_and_no_checkpoint_holds_it(tmp_path):
+    recipe = tiny_recipe(optimizer={"type": "torch", "name": "SGD", "learning_rate": 1e30}, training={"clip_grad_norm": None})
+    with pytest.raises(UserError, match="lower optimizer.learning_rate"):
+        train(Run(recipe, tmp_path))
+    assert not list(tmp_path.glob("checkpoints/images-*"))
+
+
+def test_another_recipes_checkpoint_is_refused_and_harmless_changes_are_not(tmp_path, caplog):
+    train(Run(tiny_recipe(training={"images": 48}), tmp_path))
+    with pytest.raises(UserError, match="belongs to another run .*learning.*|belongs to another run"):
+        Run(tiny_recipe(noise={"type": "uniform"}), tmp_path).resume()
+    longer = Run(tiny_recipe(optimizer={"type": "adamw", "learning_rate": 2e-3}), tmp_path)
+    longer.resume()
+    assert longer.images == 48 and "optimizer.learning_rate was 0.001 and is now 0.002" in caplog.text
+
+
+def test_what_does_not_fit_is_said_before_training():
+    wide = {**UNET, "config": {**UNET["config"], "num_class_embeds": 5}}
+    with pytest.raises(UserError, match="10 classes, but the model is built for 5"):
+        Run(tiny_recipe(wide), None)
+    typo = {**UNET, "config": {**UNET["config"], "layer_per_block": 1}}
+    with pytest.raises(UserError, match="layer_per_block: UNet2DModel takes no such argument; did you mean 'layers_per_block'"):
+        Run(tiny_recipe(typo), None)
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler can't sample in ConsistencyModelPipeline"):
+        Run(tiny_recipe(UNET, {"class": "FlowMatchEulerDiscreteScheduler"}), None)
+    with pytest.raises(UserError, match="DiTPipeline always starts from 1"):
+        Run(tiny_recipe(DIT, EDM), None)
+    with pytest.raises(UserError, match="did you mean 'EDMEulerScheduler'"):
+        Run(tiny_recipe(UNET, {"class": "EDMEulerSheduler"}), None)
