@@ -1,4 +1,4 @@
-"""The model card: metadata with `model-index` results that a leaderboard can read, and everything needed to judge them."""
+"""The model card: metadata with `model-index` results for leaderboards, and everything needed to judge them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TASK = "unconditional-image-generation"
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """Write the model card of a finished run as `README.md`, and again into `pipeline/`, with all that it shows.
 
-    `pipeline/` becomes the whole of what is published: beside the pipeline it holds the card, `assets/` (sample grid and
-    curves) and `recipe.yaml` (the resolved recipe).
+    `pipeline/` becomes the whole of what is published: beside the pipeline it holds the card, `assets/` (sample grid
+    and curves) and `recipe.yaml` (the resolved recipe).
 
     Args:
         folder: The run folder.
@@ -52,7 +52,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         plots={name: f"assets/{path.name}" for name, path in plots.items()},
         snippet=snippet(run, repo_id or _shown(pipeline)),
         local=repo_id is None,
-        held_out_origin=facts.held_out_origin(folder),
+        held_out=facts.held_out_text(folder),
         tables={
             "Data": facts.data_rows(run),
             "Speed and memory": facts.speed_rows(run),

@@ -52,8 +52,21 @@ def origins(metrics: list[Metric]) -> list[tuple[list[str], str]]:
     return [(names, text) for names, text in lines if text]
 
 
-def held_out_origin(folder: RunFolder) -> str:
-    """Where the held-out nats come from: the bundle's size, gate and seed, as the recipe sets them."""
+def held_out_text(folder: RunFolder) -> str:
+    """The last and the best held-out nats, and the bundle on which they were measured; empty before the first."""
+    rows = folder.metrics("held_out")
+    if not rows:
+        return ""
+    last, best = rows[-1], min(rows, key=lambda row: row["nats"])
+    which = "Nats on training images" if last.get("split") == "train" else "Held-out nats"
+    error = last.get("nats_standard_error")
+    text = f"{which}: {number(last['nats'])}" + ("" if error is None else f" (standard error {number(error)})")
+    text += f" at {last['images']:,} images, "
+    text += "the best of the run" if best is last else f"best {number(best['nats'])} at {best['images']:,} images"
+    return f"{text}. Lower is better. {_bundle(folder)}".strip()
+
+
+def _bundle(folder: RunFolder) -> str:
     bundle = dict(folder.recipe.get("evaluation", {}).get("held_out", {})) if folder.has("recipe.yaml") else {}
     if "images" in bundle and folder.has("run.json"):
         bundle["images"] = min(bundle["images"], folder.run["data"]["held_out_images"] or bundle["images"])
@@ -63,7 +76,8 @@ def held_out_origin(folder: RunFolder) -> str:
         "gate_pivot": "gate pivot {}",
         "seed": "seed {}",
     }
-    return ", ".join(text.format(bundle[key]) for key, text in texts.items() if bundle.get(key) is not None)
+    known = [text.format(bundle[key]) for key, text in texts.items() if bundle.get(key) is not None]
+    return f"Fixed bundle: {', '.join(known)}." if known else ""
 
 
 def data_rows(run: dict[str, Any]) -> Rows:

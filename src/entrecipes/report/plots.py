@@ -15,7 +15,7 @@ from entrecipes.report.run_folder import RunFolder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, MUTED, FAINT, BLUE, ORANGE = "#1f2933", "#7b8794", "#cbd2d9", "#1d5fa8", "#c8641b"
+INK, MUTED, FAINT, VEIL, BLUE, ORANGE = "#1f2933", "#7b8794", "#cbd2d9", "#e3e7eb", "#1d5fa8", "#c8641b"
 STEPS = ["#b9d3ea", "#7fb0d9", "#4685bd", "#14497f"]
 """From the oldest evaluation shown to the newest."""
 
@@ -122,29 +122,32 @@ def held_out_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def noise_levels(axes: Axes, records: list[dict[str, Any]]) -> None:
-    """Where the nats lie: the rate, x0 error / sigma^2, faded by the gate, against log sigma, for up to four evaluations.
+    """Where the nats lie: the rate, x0 error / sigma^2, faded by the gate, against log sigma.
 
-    The area under a curve is that evaluation's held-out nats.
+    Up to four evaluations, the first and the last among them. The area under a curve is that evaluation's nats; the ground is grey where the gate is closed.
     """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Patch
+
     chosen = np.unique(np.linspace(0, len(records) - 1, len(STEPS)).round().astype(int))
-    for index, color in zip(chosen, STEPS[-len(chosen) :]):
-        record = records[index]
-        log_sigma, gate, rate = (np.array(record[key]) for key in ("log_sigma", "gate", "rate"))
-        last = index == chosen[-1]
-        label = f"{_short(record['images'])} images"
-        axes.plot(log_sigma, gate * rate, color=color, linewidth=2 if last else 1.4, label=label)
-        if last:
-            axes.fill_between(log_sigma, gate * rate, color=color, alpha=0.08, linewidth=0)
-            top = axes.get_ylim()[1]
-            axes.plot(log_sigma, rate, color=color, linewidth=1, linestyle=(0, (1, 2)), label="without gate")
-            axes.set_ylim(0, top)
-    axes.set(title="Where the error lies", xlabel="log sigma (more noise to the right)", ylabel="nats per unit log sigma")
-    gate_axes = axes.twinx()
-    gate_axes.plot(log_sigma, gate, color=MUTED, linewidth=1, linestyle="--")
-    gate_axes.set(ylim=(0, 1.05), yticks=[0, 1], ylabel="gate (dashed)")
-    gate_axes.yaxis.label.set_color(MUTED)
-    gate_axes.grid(False)
-    axes.legend(loc="upper right")
+    for index, color in zip(chosen, STEPS[-len(chosen) :], strict=True):
+        log_sigma, gate, rate = (np.array(records[index][key]) for key in ("log_sigma", "gate", "rate"))
+        label = f"{_short(records[index]['images'])} images"
+        axes.plot(log_sigma, gate * rate, color=color, linewidth=2 if index == chosen[-1] else 1.4, label=label)
+    axes.fill_between(log_sigma, gate * rate, color=color, alpha=0.1, linewidth=0)
+    top = axes.get_ylim()[1]
+    handles = axes.get_legend_handles_labels()[0]
+    if gate.min() < 0.99:
+        handles += axes.plot(log_sigma, rate, color=color, linewidth=1, linestyle=(0, (1, 2)), label="without the gate")
+        handles.append(Patch(color=VEIL, label="gate closed"))
+        ground = LinearSegmentedColormap.from_list("gate", [VEIL, "white"])
+        columns, rows = np.meshgrid(log_sigma, [0, top])
+        axes.pcolormesh(columns, rows, np.stack([gate, gate]), cmap=ground, vmin=0, vmax=1, shading="gouraud", zorder=0)
+    axes.legend(handles=handles, loc="upper right")
+    axes.set(ylim=(0, top), xlim=(log_sigma[0], log_sigma[-1]))
+    axes.set(
+        title="Where the error lies", xlabel="log sigma (more noise to the right)", ylabel="nats per unit log sigma"
+    )
 
 
 def throughput(axes: Axes, records: list[dict[str, Any]]) -> None:
@@ -158,14 +161,16 @@ def throughput(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential average, free of the start's bias, over about a twentieth of the curve; NaN are passed over."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    total = weight = 0.0
+    """Centred mean over about a fifteenth of the curve, narrowing to its ends so that it neither lags nor shifts.
+
+    NaN are passed over.
+    """
     smoothed = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed.append(total / weight if weight else math.nan)
+    for i in range(len(values)):
+        reach = min(i, len(values) - 1 - i, len(values) // 30)
+        window = values[i - reach : i + reach + 1]
+        finite = window[np.isfinite(window)]
+        smoothed.append(finite.mean() if len(finite) else math.nan)
     return np.array(smoothed)
 
 
@@ -178,6 +183,7 @@ def _draw(path: Path, plot: Callable[[Axes, list[dict[str, Any]]], None], record
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 3.2), dpi=200, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         axes = figure.subplots()
         plot(axes, records)
         axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold")

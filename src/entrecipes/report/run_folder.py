@@ -78,8 +78,7 @@ class RunFolder:
     def samples(self) -> list[tuple[str, Path]]:
         """The sample grids, oldest first, each with its image count (`20,000 images`) or file name."""
         paths = sorted(self.path.glob("samples/*.png"), key=lambda path: (path.stem == "final", path.name))
-        counts = [re.search(r"\d+", path.stem) for path in paths]
-        return [(f"{int(count[0]):,} images" if count else path.stem, path) for count, path in zip(counts, paths)]
+        return [(_image_count(path.stem), path) for path in paths]
 
     @cached_property
     def _records(self) -> list[dict[str, Any]]:
@@ -114,3 +113,9 @@ class RunFolder:
 
     def _corrupt(self, name: str, line: int, problem: str) -> UserError:
         return UserError(f"{self.path / name}:{line}: {problem}; put back a good copy, or remove it and resume the run")
+
+
+def _image_count(stem: str) -> str:
+    """`images-000000020000` -> `20,000 images`; `final` as it is."""
+    count = re.search(r"\d+", stem)
+    return f"{int(count[0]):,} images" if count else stem
