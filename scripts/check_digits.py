@@ -2,8 +2,8 @@
 
     python scripts/check_digits.py outputs/demo/pipeline --samples 500 --at-least 0.85
 
-The pipeline is loaded and run with plain diffusers, as a stranger would. Exit code: 0, or 1 below `--at-least`, or 2 when
-the pipeline can't be used.
+The pipeline is loaded and run with plain diffusers, as a stranger would. Exit code: 0, or 1 below `--at-least`, or 2
+when the pipeline can't be used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check(arguments: argparse.Namespace) -> dict[str, object]:
     """Generate, classify, count."""
     pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline)
     if type(pipeline).__name__ not in ("ConsistencyModelPipeline", "DiTPipeline"):
-        raise ValueError(f"a {type(pipeline).__name__} takes no class labels; give a class-conditional pipeline of digits")
+        raise ValueError(f"a {type(pipeline).__name__} takes no class labels; give a class-conditional one of digits")
     pipeline.set_progress_bar_config(disable=True)
     labels = np.arange(arguments.samples) % CLASSES
     images = generate(

@@ -103,9 +103,7 @@ class _EfficientNetLite0(FeatureExtractor):
         return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
-def efficientnet_lite0(
-    section: EfficientNetLite0Features, *, device: torch.device | str = "cpu"
-) -> FeatureExtractor:
+def efficientnet_lite0(section: EfficientNetLite0Features, *, device: torch.device | str = "cpu") -> FeatureExtractor:
     """EfficientNet-Lite0 (Tan & Le 2019) with ImageNet weights out of a package: 1280 pooled features, offline.
 
     Raises:
@@ -126,7 +124,7 @@ def efficientnet_lite0(
 
 
 def torchmetrics_image(module: str) -> ModuleType:
-    """`torchmetrics.image.<module>`; its import breaks where torch-fidelity is installed without a matching torchvision.
+    """`torchmetrics.image.<module>`, whose import breaks where torch-fidelity is installed without a fit torchvision.
 
     Raises:
         UserError: Saying so.
@@ -150,26 +148,26 @@ def inception(section: InceptionFeatures, *, device: torch.device | str = "cpu")
         UserError: If torch-fidelity is missing or its weights can't be had.
     """
     if section.weights and not Path(section.weights).is_file():
-        raise UserError(f"evaluation.features.weights: there is no file '{section.weights}'; null downloads the weights")
+        raise UserError(f"evaluation.features.weights: there is no file '{section.weights}'; null downloads them")
     fid = torchmetrics_image("fid")
     try:
         network = fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], section.weights)
     except ModuleNotFoundError as error:
         raise UserError(
-            "evaluation.features inception: torch-fidelity is not installed; type `pip install 'entrecipes[inception]'` "
-            f"(it needs a torchvision built for torch {torch.__version__}), {OFFLINE}"
+            "evaluation.features inception: torch-fidelity is not installed; type "
+            f"`pip install 'entrecipes[inception]'` (with a torchvision for torch {torch.__version__}), {OFFLINE}"
         ) from error
     except OSError as error:  # URLError is one
         raise UserError(
-            f"evaluation.features inception: the weights can't be downloaded ({error}); download them elsewhere and set "
-            f"evaluation.features.weights to the file, {OFFLINE}"
+            f"evaluation.features inception: the weights can't be downloaded ({error}); download them elsewhere and "
+            f"set evaluation.features.weights to the file, {OFFLINE}"
         ) from error
     except (RuntimeError, KeyError) as error:
         raise UserError(f"evaluation.features.weights: '{section.weights}' holds other weights: {error}") from error
     version = f"torch-fidelity {package_version('torch-fidelity')}, torchmetrics {package_version('torchmetrics')}"
-    return FeatureExtractor(
-        network, name="Inception v3 (FID)", tag="inception", version=version, num_features=2048
-    ).to(device)
+    return FeatureExtractor(network, name="Inception v3 (FID)", tag="inception", version=version, num_features=2048).to(
+        device
+    )
 
 
 class _TransformersVision(FeatureExtractor):
@@ -202,8 +200,8 @@ def preprocess(images: Tensor, processor: dict[str, Any]) -> Tensor:
     height, width = images.shape[-2:]
     if processor.get("do_resize", True) and (size := processor.get("size")):
         if edge := size.get("shortest_edge"):
-            scale = edge / min(height, width)
-            height, width = round(height * scale), round(width * scale)
+            short = min(height, width)
+            height, width = edge * height // short, edge * width // short
         else:
             height, width = size["height"], size["width"]
         images = _resize(images, (height, width), "bilinear" if processor.get("resample") == 2 else "bicubic")
@@ -242,6 +240,6 @@ def transformers_vision(section: TransformersFeatures, *, device: torch.device |
     slug = Path(section.id).name.lower().replace("-", "_").replace(".", "_")
     revision = section.revision or getattr(model.config, "_commit_hash", None) or "local"
     version = f"transformers {package_version('transformers')}, {Path(section.id).name} at {revision}"
-    return _TransformersVision(
-        network, processor, name=f"{section.id} (transformers)", tag=slug, version=version
-    ).to(device)
+    return _TransformersVision(network, processor, name=f"{section.id} (transformers)", tag=slug, version=version).to(
+        device
+    )

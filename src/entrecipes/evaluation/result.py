@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -64,18 +63,18 @@ class Metric:
             object.__setattr__(self, "spread", _finite(self.name, "spread", self.spread))
         object.__setattr__(self, "origin", {key: _plain(value) for key, value in self.origin.items()})
 
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), allow_nan=False)
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that JSON and YAML can hold as it is."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, text: str | Mapping[str, Any]) -> Metric:
-        """The metric that [`to_json`] wrote, from the line or the mapping that it holds.
+    def from_json(cls, record: Mapping[str, Any]) -> Metric:
+        """The metric that [`to_json`] described.
 
         Raises:
-            UserError: If it isn't one.
+            UserError: If the record isn't one.
         """
         try:
-            return cls(**(json.loads(text) if isinstance(text, str) else text))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"metric record: {error}; expected the line that entrecipes wrote: {text!r:.200}") from None
+            return cls(**record)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"metric record: {error}; expected what entrecipes wrote, got {record!r:.200}") from None
