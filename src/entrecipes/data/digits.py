@@ -9,7 +9,7 @@ from PIL import Image
 from entrecipes.data.images import ImageSet, Splits, fingerprint, fit_image, split_indices
 from entrecipes.recipe.data import DigitsData
 
-SOURCE = "1,797 handwritten digits, 8x8 pixels with 17 grey levels: the UCI optical recognition test set in scikit-learn."
+SOURCE = "1,797 handwritten digits, 8x8 pixels, 17 grey levels: the UCI optical recognition test set in scikit-learn."
 LICENSE = "CC BY 4.0"
 
 

@@ -82,7 +82,7 @@ def check_bad_images(names: Sequence[str], limit: int, place: str) -> None:
         listed = "\n".join(f"  {name}" for name in names[:20])
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
         raise UserError(
-            f"{place}: {len(names)} images can't be read and data.max_bad_images is {limit}:\n{listed}{more}\n"
+            f"{place}: more images can't be read than data.max_bad_images ({limit}) allows:\n{listed}{more}\n"
             f"Mend or remove them, or raise data.max_bad_images."
         )
 
@@ -213,5 +213,5 @@ def split_indices(
         out[by_turn[before < wanted]] = True
         train, kept = order[~out[inverse]], order[out[inverse]]
     if not len(train):
-        raise UserError(f"{place}: {len(order)} images are too few to hold out {held_out:g} of them; lower data.held_out.")
+        raise UserError(f"{place}: {len(order)} images are too few to hold out {held_out:g} of them (data.held_out).")
     return np.sort(train).tolist(), np.sort(kept).tolist()

@@ -16,17 +16,18 @@ def home() -> Path:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
 
-    A crash leaves the old `target` (or none), never a half-written one.
+    A crash leaves the old `target` (or none), never a half-written one. With `keep_existing`, a `target` that appeared
+    in the meantime stays: another process of the run was quicker to write the same cache.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield scratch
         scratch.chmod(0o755)  # mkdtemp makes private folders; data sets may be shared
-        if target.exists():
+        if target.exists() and not keep_existing:
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
             os.replace(target, old)
             os.replace(scratch, target)
@@ -34,7 +35,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         else:
             try:
                 os.replace(scratch, target)
-            except OSError:  # another process of this run was quicker and wrote the same content
+            except OSError:  # not empty: written by another process
                 if not target.exists():
                     raise
     finally:

@@ -1,0 +1,116 @@
+"""VAE latents made once, kept as mean and standard deviation, and found again by what they were made from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from entrecipes.data.images import BadImage, ImageSet, check_bad_images, fingerprint
+from entrecipes.data.places import atomic_folder, home
+from entrecipes.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def cache_latents(
+    image_set: ImageSet,
+    vae: AutoencoderKL,
+    *,
+    vae_id: str,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    flip: bool = False,
+) -> ImageSet:
+    """The set with every image replaced by its posterior under a frozen VAE.
+
+    The result's `tensor` is [N, 2C, h, w] in `dtype`: mean, then standard deviation, before the VAE's scaling factor
+    and shift; with `flip`, `mirrored` holds those of the mirrored images. The file is keyed by the set's fingerprint
+    (pixels and resizing), `vae_id`, the VAE's weights and their dtype, `dtype` and `flip`; whether it was found is
+    logged with its path.
+
+    Args:
+        image_set: uint8 images whose channels the VAE takes.
+        vae: On any device; it computes where and how its weights are, after a move to `device`.
+        vae_id: Hub id or folder, with its revision if it has one: for the log and the key.
+        batch_size: Images encoded at a time.
+
+    Raises:
+        UserError: When more than `max_bad_images` images of a lazy set can't be read, or the set is streamed.
+    """
+    if not isinstance(image_set, ImageSet):
+        raise UserError("data.streaming: a model behind a VAE trains on cached latents; set data.streaming: false.")
+    vae = vae.to(device).eval()
+    weights = [(name, tensor) for name, tensor in sorted(vae.state_dict().items())]
+    key = fingerprint(image_set.fingerprint, vae_id, str(dtype), flip, *(part for pair in weights for part in pair))
+    folder = home() / "latents" / key
+    stored = _read(folder)
+    if stored is None:
+        logger.info("latent cache miss: encoding %d images of %s with %s", len(image_set), image_set.name, vae_id)
+        stored, bad = _encode(image_set, vae, dtype, batch_size, flip)
+        with atomic_folder(folder, keep_existing=True) as scratch:
+            save_file(stored, scratch / "latents.safetensors", metadata={f"bad{i}": name for i, name in enumerate(bad)})
+        logger.info("latents kept at %s", folder)
+    else:
+        logger.info("latent cache hit: %d images of %s at %s", len(stored["plain"]), image_set.name, folder)
+    kept = stored["kept"]
+    kept_set = image_set if len(kept) == len(image_set) else image_set.subset(kept)
+    return replace(
+        kept_set, tensor=stored["plain"], mirrored=stored.get("mirrored"), rows=None, num_workers=0, fingerprint=key
+    )
+
+
+def _read(folder: Path) -> dict[str, Tensor] | None:
+    path = folder / "latents.safetensors"
+    try:
+        return load_file(path) if path.exists() else None
+    except SafetensorError:
+        logger.warning("the latent cache %s is damaged and made anew", path)
+        path.unlink()
+        folder.rmdir()
+        return None
+
+
+@torch.inference_mode()
+def _encode(
+    image_set: ImageSet, vae: AutoencoderKL, dtype: torch.dtype, batch_size: int, flip: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """({plain, mirrored (with `flip`), kept: indices of the readable images}, names of the others)."""
+    kept: list[int] = []
+    bad: list[str] = []
+    parts: dict[str, list[Tensor]] = {"plain": []} | ({"mirrored": []} if flip else {})
+    for indices, images in _chunks(image_set, batch_size, bad):
+        kept += indices
+        pixels = images.to(vae.device, vae.dtype).div(127.5).sub(1.0)
+        for name, part in parts.items():
+            posterior = vae.encode(pixels if name == "plain" else pixels.flip(-1)).latent_dist
+            part.append(torch.cat([posterior.mean, posterior.std], dim=1).to("cpu", dtype))
+    stored = {name: torch.cat(part) for name, part in parts.items()}
+    return stored | {"kept": torch.tensor(kept)}, bad
+
+
+def _chunks(image_set: ImageSet, batch_size: int, bad: list[str]) -> Iterator[tuple[list[int], Tensor]]:
+    """(indices, uint8 images) in batches; names of unreadable ones go into `bad`."""
+    for start in range(0, len(image_set), batch_size):
+        chunk = range(start, min(start + batch_size, len(image_set)))
+        if image_set.rows is None:
+            yield list(chunk), image_set.tensor[chunk.start : chunk.stop]
+            continue
+        good = {}
+        for index in chunk:
+            try:
+                good[index] = torch.from_numpy(image_set.rows.decode(index))
+            except BadImage as error:
+                bad.append(str(error))
+        image_set.bad_images[:] = bad
+        check_bad_images(bad, image_set.max_bad_images, image_set.name)
+        if good:
+            yield list(good), torch.stack(list(good.values()))
