@@ -99,8 +99,8 @@ def loss_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
     if len(loss) > 2:
         axes.plot(images, loss, color=FAINT, linewidth=0.8, label="as logged")
     axes.plot(images, smoothed, color=BLUE, linewidth=1.8, label="smoothed", **_dots(images))
-    positive = loss[np.isfinite(loss)]
-    if len(positive) and positive.min() > 0 and positive.max() > 5 * positive.min():
+    finite = loss[np.isfinite(loss)]
+    if len(finite) and finite.min() > 0 and finite.max() > 5 * finite.min():
         axes.set_yscale("log")
         _plain_log_ticks(axes)
     axes.set(title="Training loss", ylabel="weighted squared error")
@@ -124,7 +124,8 @@ def held_out_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
 def noise_levels(axes: Axes, records: list[dict[str, Any]]) -> None:
     """Where the nats lie: the rate, x0 error / sigma^2, faded by the gate, against log sigma.
 
-    Up to four evaluations, the first and the last among them. The area under a curve is that evaluation's nats; the ground is grey where the gate is closed.
+    Up to four evaluations, the first and the last among them. The area under a curve is that evaluation's nats; the
+    ground is grey where the gate is closed.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Patch
