@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
-from sklearn.datasets import load_sample_image
+from sklearn.datasets import load_digits, load_sample_image
 
 from entrecipes.errors import UserError
 from entrecipes.evaluation.features import inception, preprocess, transformers_vision
+from entrecipes.evaluation.metrics import compare
 from entrecipes.recipe.base import build
 from entrecipes.recipe.evaluation import EfficientNetLite0Features, InceptionFeatures, TransformersFeatures
 
@@ -52,6 +53,15 @@ def test_efficientnet_stays_in_eval_mode(lite0):
     assert not any(parameter.requires_grad for parameter in lite0.parameters())
 
 
+def test_efficientnet_tells_digits_from_noise_and_not_from_digits(lite0):
+    digits = torch.from_numpy(load_digits().images / 16 * 255).round().to(torch.uint8)[:120, None]
+    noise = torch.randint(0, 256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    same = compare(["kid"], lite0, digits[::2], digits[1::2], real_fingerprint="half")[0]
+    other = compare(["kid"], lite0, digits[::2], noise, real_fingerprint="half")[0]
+    assert same.name == "kid_efflite0_60" and abs(same.value) < 0.2
+    assert other.value > 2
+
+
 @pytest.mark.parametrize("images", [torch.rand(2, 3, 8, 8), torch.zeros(2, 4, 8, 8, dtype=torch.uint8)])
 def test_other_images_are_refused(lite0, images):
     with pytest.raises(UserError, match="give uint8"):
@@ -70,9 +80,17 @@ def test_inception_without_torch_fidelity_names_the_command():
         inception(InceptionFeatures())
 
 
-def test_inception_with_absent_weights_names_the_file():
-    with pytest.raises(UserError, match="weights.*nowhere.pth"):
-        inception(InceptionFeatures(weights="nowhere.pth"))
+def test_inception_weights_that_are_no_weights_name_the_file(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (print, ("run by unpickling",))
+
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save(Code(), tmp_path / "code.pth")
+    for name, reason in (("absent.pth", "there is no file"), ("text.pth", "no file of"), ("code.pth", "no file of")):
+        with pytest.raises(UserError, match="evaluation.features.weights.*" + reason) as caught:
+            inception(InceptionFeatures(weights=str(tmp_path / name)))
+        assert name in str(caught.value)
 
 
 def test_a_torch_fidelity_that_breaks_torchmetrics_is_explained(monkeypatch):

@@ -138,6 +138,20 @@ def torchmetrics_image(module: str) -> ModuleType:
         ) from error
 
 
+def _check_weights_file(path: str) -> None:
+    """Refuse what isn't a file of tensors: torch-fidelity would unpickle anything, code included."""
+    try:
+        torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"evaluation.features.weights: there is no file '{path}'; null downloads the weights"
+        ) from error
+    except Exception as error:  # unpickling fails in many ways
+        raise UserError(
+            f"evaluation.features.weights: '{path}' is no file of PyTorch weights; download it again, {OFFLINE}"
+        ) from error
+
+
 def inception(section: InceptionFeatures, *, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The network of the published FID (Heusel et al. 2017): torch-fidelity's Inception v3, 2048 features.
 
@@ -147,9 +161,9 @@ def inception(section: InceptionFeatures, *, device: torch.device | str = "cpu")
     Raises:
         UserError: If torch-fidelity is missing or its weights can't be had.
     """
-    if section.weights and not Path(section.weights).is_file():
-        raise UserError(f"evaluation.features.weights: there is no file '{section.weights}'; null downloads them")
     fid = torchmetrics_image("fid")
+    if section.weights:
+        _check_weights_file(section.weights)
     try:
         network = fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], section.weights)
     except ModuleNotFoundError as error:
@@ -162,8 +176,9 @@ def inception(section: InceptionFeatures, *, device: torch.device | str = "cpu")
             f"evaluation.features inception: the weights can't be downloaded ({error}); download them elsewhere and "
             f"set evaluation.features.weights to the file, {OFFLINE}"
         ) from error
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"evaluation.features.weights: '{section.weights}' holds other weights: {error}") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"evaluation.features inception: these are not its weights ({reason})") from error
     version = f"torch-fidelity {package_version('torch-fidelity')}, torchmetrics {package_version('torchmetrics')}"
     return FeatureExtractor(network, name="Inception v3 (FID)", tag="inception", version=version, num_features=2048).to(
         device
