@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from entrecipes.recipe.base import PositiveCount, Section, register, union
 
@@ -82,6 +82,12 @@ class HubData(DecodedImageData):
     """Column with the class (null: unconditional)."""
     caption_column: str | None = None
     """Column with the caption."""
+
+    @model_validator(mode="after")
+    def _stream_or_keep(self) -> HubData:
+        if self.streaming and self.on_device == "always":
+            raise ValueError("on_device: a stream can't be kept on the device; leave it out or set streaming: false")
+        return self
 
 
 @register("data", implementation="entrecipes.data.prepared:load")

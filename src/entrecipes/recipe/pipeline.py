@@ -30,6 +30,12 @@ class Build(Section):
     vae_revision: str | None = None
     """Branch, tag or commit of the VAE."""
 
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> Build:
+        if self.vae_revision and not self.vae:
+            raise ValueError("vae_revision: has no effect without 'vae'")
+        return self
+
 
 class Pipeline(Section):
     """The diffusers pipeline that is trained: an existing one, or one built here."""
@@ -44,9 +50,12 @@ class Pipeline(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> Pipeline:
         if (self.pretrained is None) == (self.build is None):
-            raise ValueError("give exactly one of 'pretrained' (a Hub id or folder) and 'build' (a model and a scheduler)")
+            raise ValueError(
+                "give exactly one of 'pretrained' (a Hub id or folder) and 'build' (a model and a scheduler); "
+                "a variant drops its base's with null"
+            )
         if self.revision and not self.pretrained:
-            raise ValueError("'revision' has no effect without 'pretrained'")
+            raise ValueError("revision: has no effect without 'pretrained'")
         return self
 
 
@@ -54,7 +63,8 @@ class Objective(Section):
     """The loss: mean squared error of what the network predicts (set by the scheduler), weighted over noise levels."""
 
     weighting: Literal["none", "edm", "min_snr", "p2", "sigma_sqrt", "cosmap"] = "none"
-    """none: the network's own prediction space; edm (Karras 2022), min_snr (Hang 2023), p2 (Choi 2022), sigma_sqrt and cosmap (Esser 2024, SD3)."""
+    """none: the network's own prediction space; edm (Karras 2022), min_snr (Hang 2023), p2 (Choi 2022), sigma_sqrt and
+    cosmap (Esser 2024, SD3)."""
     sigma_data: float = Field(0.5, gt=0)
     """Standard deviation of the data, for `edm`."""
     min_snr_gamma: float = Field(5.0, gt=0)
@@ -63,11 +73,3 @@ class Objective(Section):
     """Exponent, for `p2`."""
     p2_k: float = Field(1.0, gt=0)
     """Offset, for `p2`."""
-
-    @model_validator(mode="after")
-    def _no_idle_keys(self) -> Objective:
-        used = {"edm": {"sigma_data"}, "min_snr": {"min_snr_gamma"}, "p2": {"p2_gamma", "p2_k"}}
-        idle = self.model_fields_set - {"weighting"} - used.get(self.weighting, set())
-        if idle:
-            raise ValueError(f"{', '.join(sorted(idle))} has no effect with weighting '{self.weighting}'")
-        return self

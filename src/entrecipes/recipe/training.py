@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from entrecipes.recipe.base import Count, PositiveCount, Section, register, union
 
@@ -22,6 +22,12 @@ class LearningRate(Section):
     """Images seen when the decay begins."""
     final: float = Field(0.0, ge=0, le=1)
     """Share of the peak rate left when training ends (cosine and linear)."""
+
+    @model_validator(mode="after")
+    def _decay_has_a_start(self) -> LearningRate:
+        if self.decay == "inverse_sqrt" and not self.decay_start:
+            raise ValueError("decay_start: must be above 0 with decay: inverse_sqrt, which divides by it")
+        return self
 
 
 class Optimizer(Section):
@@ -82,6 +88,13 @@ class TorchOptimizer(Optimizer):
     options: dict[str, Any] = {}
     """Further keyword arguments of the class."""
 
+    @model_validator(mode="after")
+    def _options_are_further(self) -> TorchOptimizer:
+        own = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+        if taken := [f"options.{key}: write it as optimizer.{own[key]}" for key in self.options if key in own]:
+            raise ValueError("\n".join(taken))
+        return self
+
 
 OptimizerSection = union("optimizer")
 
@@ -131,7 +144,8 @@ class Training(Section):
     sample_every: PositiveCount | None = None
     """Images between two sample grids (null: only at the end)."""
     resume: str = "auto"
-    """`auto`: go on from the newest usable checkpoint of the output folder; `never`: start afresh; or a checkpoint's path."""
+    """`auto`: go on from the newest usable checkpoint of the output folder; `never`: start afresh; or a checkpoint's
+    path."""
     trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
     """Experiment trackers beside metrics.jsonl, through accelerate."""
     output: str | None = None

@@ -1,0 +1,58 @@
+"""Keys that change nothing in the combination that a recipe chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from entrecipes.recipe.data import FolderData, HubData, PreparedData
+from entrecipes.recipe.schema import Recipe
+
+_WEIGHTING_KEYS = {"sigma_data": "edm", "min_snr_gamma": "min_snr", "p2_gamma": "p2", "p2_k": "p2"}
+_METRIC_KEYS = ("features", "samples", "reference", "reference_samples")
+
+
+def idle_keys(recipe: Recipe) -> dict[str, str]:
+    """Dotted keys without effect in this recipe, set or not, each with the reason."""
+    return dict([*_model(recipe), *_data(recipe), *_measuring(recipe)])
+
+
+def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    weighting, schedule, images = recipe.objective.weighting, recipe.optimizer.schedule, recipe.training.images
+    for key, owner in _WEIGHTING_KEYS.items():
+        if weighting != owner:
+            yield f"objective.{key}", f"with objective.weighting: {weighting}"
+    if schedule.decay in ("constant", "inverse_sqrt"):
+        yield "optimizer.schedule.final", f"with decay: {schedule.decay}"
+    if schedule.decay == "constant":
+        yield "optimizer.schedule.decay_start", "with decay: constant"
+    elif schedule.decay_start >= images:
+        yield "optimizer.schedule.decay", f"when it starts after the run's {images} images"
+    for i, stage in enumerate(getattr(recipe.blocks, "stages", ())):
+        if stage.from_images >= images:
+            yield f"blocks.stages.{i}", f"when it starts after the run's {images} images"
+
+
+def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    data = recipe.data
+    if isinstance(data, FolderData | HubData | PreparedData):
+        if data.on_device == "always":
+            yield "data.num_workers", "with on_device: always"
+        if data.label_column is None and data.caption_column is None:
+            yield "training.label_dropout", "without data.label_column"
+            yield "evaluation.guidance_scale", "without data.label_column"
+    own_split = isinstance(data, HubData) and data.held_out_split is not None
+    if own_split:
+        yield "data.held_out", "with held_out_split"
+    if isinstance(data, HubData) and not data.streaming:
+        yield "data.shuffle_buffer", "without streaming: true"
+    if (own_split or not data.held_out) and data.max_images is None:
+        yield "data.split_seed", "when nothing is split or drawn"
+
+
+def _measuring(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if not recipe.evaluation.metrics:
+        for key in _METRIC_KEYS:
+            yield f"evaluation.{key}", "while evaluation.metrics is empty"
+    if not recipe.data.held_out and not getattr(recipe.data, "held_out_split", None):
+        for key in ("held_out", "every"):
+            yield f"evaluation.{key}", "while data.held_out is 0"
