@@ -93,7 +93,7 @@ def nats_per_image(log_sigma: Tensor, x0_error: Tensor, gate_pivot: float | None
     """
     log_sigma, x0_error = log_sigma.double(), x0_error.double()
     open_gate = torch.ones_like(log_sigma) if gate_pivot is None else gate(log_sigma, gate_pivot)
-    return torch.stack([torch.as_tensor(integrate_nats(log_sigma, row, open_gate)) for row in x0_error]), open_gate
+    return integrate_nats(log_sigma, x0_error, open_gate), open_gate
 
 
 class HeldOutBundle:
