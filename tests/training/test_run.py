@@ -64,7 +64,8 @@ def test_accumulated_gradients_equal_the_large_batch():
 
 def test_stages_freeze_weights_and_the_average_goes_on():
     blocks = {"type": "staged", "stages": [{"train": ["*"]}, {"from_images": 32, "train": ["up_blocks.*", "conv_out.*"]}]}
-    run = Run(tiny_recipe(blocks=blocks, optimizer={"type": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}), None)
+    run = Run(tiny_recipe(blocks=blocks, optimizer={"type": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1},
+                          training={"ema": {"half_life": 100, "warmup_ratio": 1e6}}), None)  # fmt: skip
     batches = run.batches()
     for _ in range(2):
         step(run, batches)
