@@ -13,7 +13,8 @@ class ImageData(Section):
     """Keys that every image source understands."""
 
     image_size: int | None = Field(None, gt=0)
-    """Side of the square that images are resized (short side) and centre-cropped to, in pixels; null: the model's sample size times its VAE's factor."""
+    """Side of the square that images are resized (short side) and centre-cropped to, in pixels; null: the model's
+    sample size times its VAE's factor."""
     channels: Literal[1, 3, None] = None
     """1 for grey, 3 for colour; null: what the model takes."""
     held_out: float = Field(0.1, ge=0, lt=1)

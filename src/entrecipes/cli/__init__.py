@@ -1,0 +1,77 @@
+"""The `entrecipes` command: one file a verb, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from entrecipes import __version__
+from entrecipes.errors import UserError, nearest
+
+VERBS = ("ls", "show", "cp", "validate", "schema", "run", "generate", "evaluate", "data")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: The arguments; None: the process's own.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
+    """
+    verb, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    try:
+        if verb in ("-h", "--help"):
+            print(_overview())
+            return 0
+        if verb == "--version":
+            print(f"entrecipes {__version__}")
+            return 0
+        if verb not in VERBS:
+            raise UserError(f"there is no verb '{verb}'{nearest(verb, VERBS) or '.'} `entrecipes --help` lists them")
+        module = _module(verb)
+        return module.run(_parse(module, verb, rest))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:  # argparse, after its own message
+        return int(stop.code or 0)
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"entrecipes.cli.{verb}")
+
+
+def _parse(module: ModuleType, verb: str, rest: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"entrecipes {verb}", description=module.HELP)
+    module.add_arguments(parser)
+    try:
+        return parser.parse_intermixed_args(rest)
+    except TypeError:  # a verb with verbs of its own, for which argparse has no intermixed parsing
+        return parser.parse_args(rest)
+
+
+def _overview() -> str:
+    lines = [f"  {verb:10} {_module(verb).HELP}" for verb in VERBS]
+    return "\n".join(
+        [
+            "usage: entrecipes VERB ...",
+            "",
+            "Training recipes for diffusion and flow models.",
+            "",
+            *lines,
+            "",
+            "`entrecipes VERB --help` says more; `entrecipes run digits/demo` is a good start.",
+        ]
+    )
