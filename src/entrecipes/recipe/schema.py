@@ -42,11 +42,13 @@ class Recipe(Section):
         problems = []
         training, evaluation = self.training, self.evaluation
         if training.micro_batch_size and training.batch_size % training.micro_batch_size:
-            problems.append(f"training.batch_size: must be a multiple of training.micro_batch_size ({training.micro_batch_size})")
+            problems.append(f"training.batch_size: must be a multiple of micro_batch_size {training.micro_batch_size}")
         if evaluation.metrics_every and not evaluation.metrics:
             problems.append("evaluation.metrics_every: has no effect while evaluation.metrics is empty")
-        if evaluation.metrics and evaluation.reference == "held_out" and not (
-            self.data.held_out or getattr(self.data, "held_out_split", None)
+        if (
+            evaluation.metrics
+            and evaluation.reference == "held_out"
+            and not (self.data.held_out or getattr(self.data, "held_out_split", None))
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
         if problems:
