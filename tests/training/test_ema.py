@@ -16,7 +16,7 @@ def test_constant_weights_are_approached_by_the_half_life():
     ema = EmaModel(Ema(half_life=1000, warmup_ratio=1e9), model)
     nn.init.ones_(model.weight)
     for images in range(100, 1001, 100):
-        ema.update(model, images, 100)
+        ema.update(images, 100)
     assert ema.model.weight.item() == pytest.approx(0.5, abs=1e-6)
 
 
@@ -33,7 +33,7 @@ def test_freezing_keeps_the_average_going():
     with torch.no_grad():
         model.weight.add_(1.0)
     model.requires_grad_(False)
-    ema.update(model, 100, 100)
+    ema.update(100, 100)
     moved = (ema.model.weight - start).mean().item()
     assert moved == pytest.approx(1 - 0.5**0.1, abs=1e-6), "the average must neither jump to the weight nor stand still"
 
@@ -43,7 +43,7 @@ def test_buffers_are_copied_and_the_trained_model_is_left_alone():
     ema = EmaModel(Ema(), model)
     model(torch.randn(8, 3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    ema.update(model, 100, 10)
+    ema.update(100, 10)
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())

@@ -22,8 +22,16 @@ class EmaModel:
     """
 
     def __init__(self, section: Ema, model: nn.Module) -> None:
+        """Args: `model` is averaged from its present weights on."""
         self.section = section
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average this model from now on (again, after a change of its modules). Walking a module tree takes
+        milliseconds, so that it is done once here and not in every step."""
+        self._mine = list(self.model.parameters()), list(self.model.buffers())
+        self._theirs = [parameter.detach() for parameter in model.parameters()], list(model.buffers())
 
     def decay(self, images: int, batch_size: int) -> float:
         """Share of the average that stays at the step that ends at `images`."""
@@ -31,12 +39,12 @@ class EmaModel:
         return 0.5 ** (batch_size / half_life)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, images: int, batch_size: int) -> None:
-        """Move the average towards `model` after the step that ends at `images`; buffers are copied."""
-        weight = 1.0 - self.decay(images, batch_size)
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], weight)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+    def update(self, images: int, batch_size: int) -> None:
+        """Move the average after the step that ends at `images`; buffers are copied."""
+        (weights, buffers), (their_weights, their_buffers) = self._mine, self._theirs
+        torch._foreach_lerp_(weights, their_weights, 1.0 - self.decay(images, batch_size))
+        if buffers:
+            torch._foreach_copy_(buffers, their_buffers)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights and buffers by name."""

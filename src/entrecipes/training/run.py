@@ -129,6 +129,7 @@ class Run:
         previous = getattr(self.optimizer, "optimizer", None)
         optimizer = build_optimizer(self.recipe.optimizer, self.model, previous)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         if self.recipe.training.compile and previous is None:
             self.model.compile()
         self.denoiser = Denoiser(self.wrapped, self.components.family, self.components.path)
@@ -174,12 +175,12 @@ class Run:
     def clip_gradients(self) -> Tensor | None:
         """Clip the gradient's norm if the recipe says so; returns the norm before, on the device."""
         limit = self.recipe.training.clip_grad_norm
-        return self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit) if limit else None
+        return self.accelerator.clip_grad_norm_(self.trainable, limit) if limit else None
 
     def update_ema(self) -> None:
         """Move the averaged model."""
         if self.ema:
-            self.ema.update(self.model, self.images, self.recipe.training.batch_size)
+            self.ema.update(self.images, self.recipe.training.batch_size)
 
     def record(
         self, log_sigma: Tensor, weight: Tensor, losses: list[Tensor], x0_errors: list[Tensor], grad_norm: Tensor | None
