@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from entrecipes.errors import UserError
@@ -37,7 +37,7 @@ def fit_image(image: Image.Image, size: int, channels: int) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.atleast_3d(np.array(image)).transpose(2, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,12 @@ def decode_cell(cell: dict[str, Any] | None, name: str, size: int, channels: int
         with Image.open(io.BytesIO(content) if content is not None else cell["path"]) as image:
             return fit_image(image, size, channels)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise BadImage(f"{name} ({type(error).__name__}: {error})") from error
+        raise BadImage(f"{name} ({why_unreadable(error)})") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """The same words each time the same file fails: PIL's own may contain an address in memory."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
 
 
 def check_bad_images(names: Sequence[str], limit: int, place: str) -> None:

@@ -13,6 +13,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
 from entrecipes.data.folder import read_folder
+from entrecipes.data.images import why_unreadable
 from entrecipes.data.prepared import facts, prepared_folder, read_prepared
 from entrecipes.data.sources import CATALOGUE
 from entrecipes.data.tables import Table, label_names
@@ -67,7 +68,7 @@ def inspect(name_or_folder: str, *, count: int = 64, seed: int = 0) -> Inspectio
                 if index in drawn:
                     shown.append(_thumbnail(image))
         except Exception as error:  # as in images.decode_cell: PIL's decoders have no common error
-            bad[index] = f"{cells[index].get('path') or f'row {index}'} ({type(error).__name__}: {error})"
+            bad[index] = f"{cells[index].get('path') or f'row {index}'} ({why_unreadable(error)})"
     if not shown:
         raise UserError(f"{table.place}: none of {len(drawn)} images drawn at random can be read.")
     columns = table.dataset.column_names

@@ -93,7 +93,7 @@ def _encode(
         for name, part in parts.items():
             posterior = vae.encode(pixels if name == "plain" else pixels.flip(-1)).latent_dist
             part.append(torch.cat([posterior.mean, posterior.std], dim=1).to("cpu", dtype))
-    stored = {name: torch.cat(part) for name, part in parts.items()}
+    stored = {name: torch.cat(part).contiguous() for name, part in parts.items()}
     return stored | {"kept": torch.tensor(kept)}, bad
 
 

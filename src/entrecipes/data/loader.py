@@ -197,7 +197,6 @@ def _from_files(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # its own: by default a DataLoader draws from the global random state
     )

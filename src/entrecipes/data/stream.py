@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from entrecipes.data.images import BadImage, ImageSet, Splits, check_bad_images, decode_cell, fingerprint
 from entrecipes.data.tables import Table, open_table, require_columns
@@ -22,7 +22,8 @@ from entrecipes.recipe.data import HubData
 
 MAX_HELD_OUT = 1000
 """Images held out of a stream at most: they are downloaded before training starts."""
-DECODING_THREADS = 8
+READ_AHEAD = 4
+"""Batches."""
 
 
 @dataclass
@@ -32,7 +33,7 @@ class IterableImageSet:
     Epoch e is the stream shuffled by `datasets` through a buffer, from (seed, e). Positions count rows of that stream,
     so a run resumes at the same row: the stream is replayed up to it, without decoding, as fast as it can be read.
     Every process reads the whole stream and decodes its own part. What makes this approximate: an unreadable image is
-    replaced by the last readable one of the process, and another version of `datasets` may shuffle in another way.
+    replaced by a readable one of its batch, and another version of `datasets` may shuffle in another way.
 
     Attributes:
         labels: The label column, or None without classes (a stream's labels aren't known beforehand).
@@ -141,65 +142,6 @@ def _kept(table: Table, held_out: datasets.Dataset, section: HubData, image_size
     return open_table(part, whole, image_size=image_size, channels=channels).train
 
 
-@dataclass
-class _StreamedBatches(IterableDataset):
-    """Decoded batches of one process, from a position on; lives in the reading process."""
-
-    image_set: IterableImageSet
-    seed: int
-    batch_size: int
-    start: int
-    part: slice
-    flip: bool
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """Endless undecoded rows from position `start` on."""
-        rows = self.image_set.rows.shuffle(seed=self.seed, buffer_size=self.image_set.shuffle_buffer)
-        epoch, offset = divmod(self.start, self.image_set.count) if self.image_set.count else (0, self.start)
-        for number in itertools.count(epoch):
-            rows.set_epoch(number)
-            read = 0
-            for read, row in enumerate(rows, 1):
-                if read > offset:
-                    yield row
-            if not read:
-                raise UserError(f"{self.image_set.name}: the stream has no images left to train on.")
-            offset = max(0, offset - read)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, list[str]]]:
-        rows, last = self._rows(), None
-        size, channels, column = self.image_set.size, self.image_set.channels, self.image_set.image_column
-        decode = functools.partial(_decoded, size=size, channels=channels, column=column)
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            for start in itertools.count(self.start, self.batch_size):
-                batch = list(itertools.islice(rows, self.batch_size))[self.part]
-                positions = torch.arange(start + self.part.start, start + self.part.stop)
-                decoded, bad = list(pool.map(decode, batch)), []
-                images, labels = [], []
-                pairs = list(zip(decoded, batch, strict=True))
-                good = (pair for pair in pairs if not isinstance(pair[0], BadImage))
-                last = last or next(good, (np.zeros((channels, size, size), np.uint8), batch[0]))
-                for image, row in pairs:
-                    if isinstance(image, BadImage):
-                        bad.append(str(image))
-                        image, row = last
-                    last = image, row
-                    images.append(image)
-                    labels.append(row[self.image_set.labels] if self.image_set.labels else -1)
-                stacked = torch.from_numpy(np.stack(images))
-                if self.flip:
-                    drawn = [np.random.default_rng([self.seed, position, 2]).random() < 0.5 for position in positions]
-                    stacked = torch.where(torch.tensor(drawn)[:, None, None, None], stacked.flip(-1), stacked)
-                yield stacked, torch.tensor(labels) if self.image_set.labels else None, positions, bad
-
-
-def _decoded(row: dict[str, Any], *, column: str, size: int, channels: int) -> np.ndarray | BadImage:
-    try:
-        return decode_cell(row[column], f"image {fingerprint(row[column])[:8]} of the stream", size, channels)
-    except BadImage as error:
-        return error
-
-
 def stream_batches(
     image_set: IterableImageSet,
     *,
@@ -213,17 +155,76 @@ def stream_batches(
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """(images uint8 [n, C, H, W], labels int64 [n] or None, positions int64 [n]) of `rows` of each global batch; CPU.
 
-    With `num_workers` above 0, one process reads and decodes ahead (more would change the order).
+    With `num_workers` above 0, as many threads decode, and reading runs some batches ahead. Threads, for a `datasets`
+    stream shuffles in another way inside a DataLoader's worker than outside.
     """
-    loader = DataLoader(
-        _StreamedBatches(image_set, seed, batch_size, start_images, rows, flip),
-        batch_size=None,
-        num_workers=min(1, num_workers),
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        generator=torch.Generator(),
-    )
-    for images, labels, positions, bad in loader:
-        image_set.bad_images.extend(name for name in dict.fromkeys(bad) if name not in image_set.bad_images)
-        check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
-        yield images, labels, positions
+    stream = _rows(image_set, seed, start_images)
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+
+        def batch_at(start: int) -> tuple[Tensor, Tensor | None, Tensor, list[str]]:
+            share = list(itertools.islice(stream, batch_size))[rows]
+            decoded = list(pool.map(functools.partial(_decode, image_set), share))
+            images, labels, bad = _replaced(image_set, decoded, share)
+            positions = torch.arange(start + rows.start, start + rows.stop)
+            if flip:
+                drawn = [np.random.default_rng([seed, position, 2]).random() < 0.5 for position in positions.tolist()]
+                images = torch.where(torch.tensor(drawn)[:, None, None, None], images.flip(-1), images)
+            return images.pin_memory() if pin_memory else images, labels, positions, bad
+
+        batches = map(batch_at, itertools.count(start_images, batch_size))
+        for images, labels, positions, bad in _ahead(batches, READ_AHEAD) if num_workers else batches:
+            image_set.bad_images.extend(name for name in dict.fromkeys(bad) if name not in image_set.bad_images)
+            check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
+            yield images, labels, positions
+
+
+def _rows(image_set: IterableImageSet, seed: int, start: int) -> Iterator[dict[str, Any]]:
+    """Endless undecoded rows from position `start` on."""
+    rows = image_set.rows.shuffle(seed=seed, buffer_size=image_set.shuffle_buffer)
+    epoch, offset = divmod(start, image_set.count) if image_set.count else (0, start)
+    for number in itertools.count(epoch):
+        rows.set_epoch(number)
+        read = 0
+        for read, row in enumerate(rows, 1):
+            if read > offset:
+                yield row
+        if not read:
+            raise UserError(f"{image_set.name}: the stream has no images left to train on; lower data.held_out.")
+        offset = max(0, offset - read)
+
+
+def _decode(image_set: IterableImageSet, row: dict[str, Any]) -> np.ndarray | BadImage:
+    cell = row[image_set.image_column]
+    try:
+        return decode_cell(cell, f"image {fingerprint(cell)[:8]} of the stream", image_set.size, image_set.channels)
+    except BadImage as error:
+        return error
+
+
+def _replaced(
+    image_set: IterableImageSet, decoded: list[np.ndarray | BadImage], rows: list[dict[str, Any]]
+) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Images and labels, in which the readable image before (at first: after) it stands for an unreadable one."""
+    bad = [str(image) for image in decoded if isinstance(image, BadImage)]
+    pairs = list(zip(decoded, rows, strict=True))
+    good = [pair for pair in pairs if not isinstance(pair[0], BadImage)]
+    if not good:
+        raise UserError(f"{image_set.name}: none of {len(bad)} images in a row can be read: {', '.join(bad[:5])} ...")
+    last, kept = good[0], []
+    for pair in pairs:
+        last = last if isinstance(pair[0], BadImage) else pair
+        kept.append(last)
+    labels = torch.tensor([row[image_set.labels] for _, row in kept]) if image_set.labels else None
+    return torch.from_numpy(np.stack([image for image, _ in kept])), labels, bad
+
+
+def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
+    """The same items, fetched up to `depth` ahead by one thread."""
+    reader = ThreadPoolExecutor(1)
+    try:
+        waiting = collections.deque(reader.submit(next, items) for _ in range(depth))
+        while True:
+            yield waiting.popleft().result()
+            waiting.append(reader.submit(next, items))
+    finally:
+        reader.shutdown(cancel_futures=True)
