@@ -1,7 +1,7 @@
 """What pydantic refuses in a recipe, said in plain sentences with their file, line and dotted key.
 
-A section's own validator raises `ValueError` with one `key: what is wrong` a line, the key relative to the section; a line
-without a key is about the section itself.
+A section's own validator raises `ValueError` with one `key: what is wrong` a line, the key relative to the section; a
+line without a key is about the section itself.
 """
 
 from __future__ import annotations

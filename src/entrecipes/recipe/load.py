@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,18 @@ from entrecipes.errors import UserError, nearest
 from entrecipes.recipe.explain import explain
 from entrecipes.recipe.idle import idle_keys
 from entrecipes.recipe.schema import Recipe
-from entrecipes.recipe.tree import Node, Place, Problem, RecipeError, find_node, merge, parse, parse_value, plain, to_yaml
+from entrecipes.recipe.tree import (
+    Node,
+    Place,
+    Problem,
+    RecipeError,
+    find_node,
+    merge,
+    parse,
+    parse_value,
+    plain,
+    to_yaml,
+)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The recipes that come with the package."""
@@ -33,7 +44,7 @@ class LoadedRecipe:
     path: Path
     text: str
     """The file, verbatim."""
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
     """Keys without effect, each `file:line: dotted.key: ...`."""
 
     def resolved_yaml(self) -> str:
@@ -42,7 +53,7 @@ class LoadedRecipe:
 
 
 def is_recipe(path: Path) -> bool:
-    """Whether a file is a recipe: any YAML outside a folder named `accelerate`, which holds Accelerate's own configs."""
+    """Whether a file is a recipe: any YAML but those in a folder named `accelerate`, Accelerate's own configs."""
     return path.suffix == ".yaml" and path.parent.name != "accelerate" and path.is_file()
 
 
@@ -112,7 +123,7 @@ def base_of(path: Path, extends: str) -> Path | None:
 
 
 def dump(recipe: Recipe) -> str:
-    """A recipe in full as YAML that loads to an equal recipe; keys without effect are left out unless they were changed."""
+    """A recipe in full as YAML that loads to an equal recipe; untouched keys without effect are left out."""
     data = recipe.model_dump(mode="json", by_alias=True)
     for key in idle_keys(recipe):
         *parents, last = key.split(".")
@@ -136,7 +147,7 @@ class _RecipeSchema(GenerateJsonSchema):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of recipe files, for editors. A file that `extends` another may leave required sections out."""
     schema = Recipe.model_json_schema(by_alias=True, schema_generator=_RecipeSchema)
-    extends = {"type": "string", "description": "The recipe that this one changes: a file beside it or a packaged name."}
+    extends = {"type": "string", "description": "The recipe to start from: a file beside this one or a packaged name."}
     schema["properties"] = {"extends": extends} | schema["properties"]
     schema["anyOf"] = [{"required": ["extends"]}, {"required": schema.pop("required")}]
     return {"$schema": GenerateJsonSchema.schema_dialect} | schema
@@ -201,6 +212,3 @@ def _overrides(overrides: Sequence[str], problems: list[Problem]) -> Node:
             node = Node({part: node}, COMMAND_LINE)
         tree = merge(tree, node)
     return tree
-
-
-__all__ = ["RECIPES", "LoadedRecipe", "RecipeError", "base_of", "dump", "find", "is_recipe", "json_schema", "load", "packaged"]

@@ -1,7 +1,7 @@
 """YAML read into a tree in which every value knows its file and line, and written back.
 
-Scalars follow YAML 1.2's core schema: `1e-4` is a number, `no` and `on` are words, `010` is ten, `1:30` is text. Aliases
-are refused and a key may be written once: what a recipe says can be seen where it says it.
+Scalars follow YAML 1.2's core schema: `1e-4` is a number, `no` and `on` are words, `010` is ten, `1:30` is text.
+Aliases are refused and a key may be written once: what a recipe says can be seen where it says it.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _placed(node: Node, place: Place) -> Node:
 
 
 def merge(below: Node, above: Node) -> Node:
-    """`above` laid over `below`, key by key; a section in which `above` changes a selector is taken from `above` alone."""
+    """`above` laid over `below`, key by key; a section in which `above` changes a selector comes from `above` alone."""
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
     for key in SELECTORS:
