@@ -13,6 +13,7 @@ from entrecipes.data.folder import load as load_folder
 from entrecipes.data.images import ImageSet
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.loader import batches
+from entrecipes.errors import UserError
 from entrecipes.recipe.data import DigitsData, FolderData
 
 
@@ -83,3 +84,7 @@ def test_unreadable_files_are_left_out(pictures: Path, vae: AutoencoderKL) -> No
         lazy = load_folder(section, image_size=16, channels=3).train
         cached = cache_latents(lazy, vae, vae_id="tiny", batch_size=5)
         assert len(cached) == len(cached.labels) == 11 and cached.label_counts() == {"cat": 5, "dog": 6}
+        assert len(lazy.bad_images) == len(cached.bad_images) == 1 and "2.png" in lazy.bad_images[0]
+    strict = load_folder(section.model_copy(update={"max_bad_images": 0}), image_size=16, channels=3).train
+    with pytest.raises(UserError, match="2.png"):
+        cache_latents(strict, vae, vae_id="tiny")

@@ -10,6 +10,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -219,6 +221,16 @@ def test_the_verbs(tiny: Package, tmp_path: Path, pictures: Path, capsys: pytest
     assert "12x10 RGB (11)" in told and "unreadable" in told and "0.png" in told
     assert main(["data", "inspect", "notto"]) == 2 and "did you mean 'noto'" in capsys.readouterr().err
     assert main(["data", "prepare", "mnits"]) == 2 and "did you mean 'mnist'" in capsys.readouterr().err
+
+
+def test_listing_imports_neither_torch_nor_datasets() -> None:
+    code = (
+        "import sys; from entrecipes.cli import main; main(['data', 'ls']); "
+        "sys.exit(', '.join({'torch', 'datasets', 'sklearn', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mnist_5k" in done.stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from entrecipes.data.images import BadImage, ImageSet, check_bad_images, fingerprint
@@ -52,14 +53,17 @@ def cache_latents(
     weights = [(name, tensor) for name, tensor in sorted(vae.state_dict().items())]
     key = fingerprint(image_set.fingerprint, vae_id, str(dtype), flip, *(part for pair in weights for part in pair))
     folder = home() / "latents" / key
-    stored = _read(folder)
-    if stored is None:
+    cached = _read(folder)
+    if cached is None:
         logger.info("latent cache miss: encoding %d images of %s with %s", len(image_set), image_set.name, vae_id)
         stored, bad = _encode(image_set, vae, dtype, batch_size, flip)
         with atomic_folder(folder, keep_existing=True) as scratch:
-            save_file(stored, scratch / "latents.safetensors", metadata={f"bad{i}": name for i, name in enumerate(bad)})
+            save_file(stored, scratch / "latents.safetensors", metadata={"bad": json.dumps(bad)})
         logger.info("latents kept at %s", folder)
     else:
+        stored, bad = cached
+        image_set.bad_images.extend(name for name in bad if name not in image_set.bad_images)
+        check_bad_images(bad, image_set.max_bad_images, image_set.name)
         logger.info("latent cache hit: %d images of %s at %s", len(stored["plain"]), image_set.name, folder)
     kept = stored["kept"]
     kept_set = image_set if len(kept) == len(image_set) else image_set.subset(kept)
@@ -68,10 +72,14 @@ def cache_latents(
     )
 
 
-def _read(folder: Path) -> dict[str, Tensor] | None:
+def _read(folder: Path) -> tuple[dict[str, Tensor], list[str]] | None:
+    """What `_encode` gave an earlier run; a damaged file is removed and counts as none."""
     path = folder / "latents.safetensors"
+    if not path.exists():
+        return None
     try:
-        return load_file(path) if path.exists() else None
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["bad"])
     except SafetensorError:
         logger.warning("the latent cache %s is damaged and made anew", path)
         path.unlink()
@@ -110,7 +118,7 @@ def _chunks(image_set: ImageSet, batch_size: int, bad: list[str]) -> Iterator[tu
                 good[index] = torch.from_numpy(image_set.rows.decode(index))
             except BadImage as error:
                 bad.append(str(error))
-        image_set.bad_images[:] = bad
+        image_set.bad_images.extend(name for name in bad if name not in image_set.bad_images)
         check_bad_images(bad, image_set.max_bad_images, image_set.name)
         if good:
             yield list(good), torch.stack(list(good.values()))
