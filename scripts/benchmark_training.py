@@ -12,7 +12,6 @@ normalises each image, AdamW and EMA one tensor at a time, a host read of the lo
 from __future__ import annotations
 
 import argparse
-import copy
 import io
 import json
 import statistics
@@ -46,12 +45,18 @@ class Trainer:
         self.run.window.tolist()
 
 
+def fresh_model(run: Run) -> torch.nn.Module:
+    """Another model of the run's kind, in the same memory format (a copy would share accelerate's patched forward)."""
+    model = type(run.model).from_config(run.model.config).to(run.device)
+    return model.to(memory_format=torch.channels_last) if run.recipe.training.channels_last else model
+
+
 class Bare:
     """The same computation written out by hand: EDM loss, fused AdamW, clipping, one fused average."""
 
     def __init__(self, run: Run) -> None:
-        self.model = copy.deepcopy(run.model).train()
-        self.average = copy.deepcopy(run.model).requires_grad_(False)
+        self.model, self.average = fresh_model(run), fresh_model(run).requires_grad_(False)
+        self.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.training.precision == "bf16")
         self.images, self.labels = run.data.train.tensor.to(run.device), run.data.train.labels.to(run.device)
         self.batch_size, self.device = run.recipe.training.batch_size, run.device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
@@ -64,9 +69,10 @@ class Bare:
             sigma = (torch.randn(self.batch_size, 1, 1, 1, device=self.device) * 1.2 - 0.6).exp()
             noisy = x0 + sigma * torch.randn_like(x0)
             norm = (sigma**2 + 0.25).sqrt()
-            output = self.model(noisy / norm, sigma.log().flatten() / 4, class_labels=self.labels[rows]).sample
+            with self.autocast:
+                output = self.model(noisy / norm, sigma.log().flatten() / 4, class_labels=self.labels[rows]).sample
             target = (x0 - 0.25 / norm**2 * noisy) * norm / (0.5 * sigma)
-            loss = functional.mse_loss(output, target)
+            loss = functional.mse_loss(output.float(), target)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -102,8 +108,8 @@ class UsualForm:
     """The shape of diffusers' example scripts on the same model, data, path and batch."""
 
     def __init__(self, run: Run) -> None:
-        self.accelerator = Accelerator(cpu=run.device.type == "cpu")
-        model = copy.deepcopy(run.model).train()
+        self.accelerator = Accelerator(cpu=run.device.type == "cpu", mixed_precision=run.recipe.training.precision)
+        model = fresh_model(run)
         self.average = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
         self.average.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -31,7 +31,7 @@ def test_metadata_holds_every_metric_as_a_float_with_its_origin(run_folder: Path
     [model] = data["model-index"]
     assert model["name"] == "digits/unet"
     [result] = model["results"]
-    assert result["dataset"] == {"name": "digits", "type": RUN["data"]["source"], "split": "train"}
+    assert result["dataset"] == {"name": "digits", "type": RUN["data"]["name"], "split": "train"}
     assert [metric["type"] for metric in result["metrics"]] == [metric.name for metric in METRICS]
     for written, metric in zip(result["metrics"], METRICS, strict=True):
         assert type(written["value"]) is float and written["value"] == metric.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a user's mistake, 130 after Ctrl-C.
     """
+    # Imported by diffusers, it warns about an optional kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     verb, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     try:
         if verb in ("-h", "--help"):
@@ -37,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = _module(verb)
         return module.run(_parse(module, verb, rest))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

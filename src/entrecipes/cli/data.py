@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--output", type=Path, metavar="DIR", help="build it there, for `type: hub, id: DIR`")
     inspect = verbs.add_parser("inspect", help="counts, sizes, captions, licence, and a grid of images")
     inspect.add_argument("name", help="a prepared set, a folder of images, or a folder saved by `datasets`")
-    inspect.add_argument("--output", type=Path, metavar="PNG", help="the grid's file (NAME.png)")
+    inspect.add_argument("-o", "--output", type=Path, metavar="PNG", help="the grid's file (NAME.png)")
     inspect.add_argument("-n", "--count", type=int, default=64, help="images in the grid (%(default)s)")
 
 

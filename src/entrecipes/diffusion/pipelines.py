@@ -89,6 +89,7 @@ def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline
     Raises:
         UserError: When there is none, or it can't be read.
     """
+    diffusers.logging.disable_progress_bar()
     if (Path(source) / "pipeline" / "model_index.json").exists():
         source = str(Path(source) / "pipeline")
     return _from_hub(DiffusionPipeline, source, revision)

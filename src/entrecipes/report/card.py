@@ -110,7 +110,7 @@ def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=run["data"]["source"],
+            dataset_type=run["data"]["name"],
             dataset_name=run["data"]["name"],
             dataset_split=metric.origin.get("split"),
             metric_type=metric.name,

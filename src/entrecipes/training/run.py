@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -99,7 +100,12 @@ class Run:
         return self.accelerator.num_processes
 
     def _check_batch_size(self) -> None:
-        training = self.recipe.training
+        training, launched = self.recipe.training, int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.world_size:
+            raise UserError(
+                f"{launched} processes were launched, but each believes to be one of {self.world_size}; on CPUs set "
+                "ACCELERATE_USE_CPU=true, or launch with recipes/accelerate/ddp.yaml"
+            )
         if training.batch_size % self.world_size:
             raise UserError(
                 f"training.batch_size: {training.batch_size} images can't be shared by {self.world_size} processes; "
