@@ -23,6 +23,9 @@ class Objective:
     | min_snr | min(snr, gamma) | min(snr, gamma) / snr on epsilon, / (snr + 1) on v (Hang et al. 2023) |
     | p2 | snr (k + snr)^-gamma | (k + snr)^-gamma on epsilon (Choi et al. 2022) |
     | sigma_sqrt, cosmap | w(t) / t^2 | w(t) on the flow velocity, t = sigma / (1 + sigma) (Esser et al. 2024) |
+
+    What a weighting means for another prediction is weight * x0_error_scale: min_snr, for instance, is
+    min((1 - t)^2, gamma t^2) on the flow velocity and min(snr, gamma) c_out^2 on EDM's network.
     """
 
     def __init__(self, section: Section, path: GaussianPath) -> None:
@@ -47,7 +50,7 @@ class Objective:
         """Compare a prediction with its target.
 
         Args:
-            prediction: Network output [n, ...].
+            prediction: Network output [n, ...], of any floating dtype.
             target: What it should be, same shape.
             log_sigma: Noise levels [n].
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def gate(log_sigma: Tensor, pivot: float, order: int = 3) -> Tensor:
         pivot: The sigma at which the gate is one half, in units of the data.
         order: Steepness n.
     """
-    return torch.sigmoid(order * (log_sigma - torch.tensor(pivot, dtype=log_sigma.dtype).log()))
+    return torch.sigmoid(order * (log_sigma - math.log(pivot)))
 
 
 def integrate_nats(log_sigma: Tensor, x0_error: Tensor, gate: Tensor) -> Tensor:
@@ -26,6 +28,9 @@ def integrate_nats(log_sigma: Tensor, x0_error: Tensor, gate: Tensor) -> Tensor:
     Args:
         log_sigma: Increasing grid [L].
         x0_error: Squared x0 error at each level [..., L], summed over dimensions.
-        gate: Gate at each level [L].
+        gate: Gate at each level [L]; ones for none.
+
+    Returns:
+        Nats about the whole of x0 [...]; take them in float64, since sigma^-2 spans many orders of magnitude.
     """
     return torch.trapezoid(gate * x0_error * torch.exp(-2 * log_sigma), log_sigma)

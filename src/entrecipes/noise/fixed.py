@@ -3,122 +3,141 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from entrecipes.diffusion.path import GaussianPath
+from entrecipes.errors import UserError
+from entrecipes.noise.base import NoiseSampler
 from entrecipes.recipe.noise import FixedNoise
 
+SMALLEST_SHARE = 1e-6
+"""A distribution with less of itself inside the path's range is taken for a mistake."""
 
-class FixedSampler(ABC):
-    """A distribution that never changes; subclasses say its CDF and the inverse."""
 
-    records = False
+class FixedSampler(NoiseSampler):
+    """A distribution that never changes; subclasses give its CDF and the inverse before the range is cut out.
 
-    def __init__(self, section: FixedNoise, path: GaussianPath, device: torch.device) -> None:
+    Raises:
+        UserError: If next to nothing of the distribution lies within the path's noise levels.
+    """
+
+    def __init__(self, section: FixedNoise, path: GaussianPath, device: torch.device | str = "cpu") -> None:
         self.section, self.path = section, path
         ends = torch.tensor([path.log_sigma_min, path.log_sigma_max], dtype=torch.float64)
-        self.low, self.high = self.cdf(ends).tolist()
-
-    @abstractmethod
-    def cdf(self, log_sigma: Tensor) -> Tensor:
-        """Share of the distribution below each noise level, before it is cut to the range."""
-
-    @abstractmethod
-    def quantile(self, p: Tensor) -> Tensor:
-        """The inverse of `cdf`."""
+        self._low, self._high = self._cdf(ends).tolist()
+        if self._high - self._low < SMALLEST_SHARE:
+            keys = ", ".join(f"{key}: {value}" for key, value in section.model_dump(exclude={"stratified"}).items())
+            raise UserError(
+                f"noise: {{{keys}}} draws next to nothing within the noise levels of the scheduler, log sigma "
+                f"{path.log_sigma_min:.2f} to {path.log_sigma_max:.2f}; change these keys or the scheduler"
+            )
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw n levels; stratified, each comes from its own 1/n of the distribution, in random order."""
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         if self.section.stratified:
-            order = torch.rand(n, generator=generator, device=generator.device).argsort()
+            order = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).argsort()
             u = (order + u) / n
-        p = self.low + u * (self.high - self.low)
-        log_sigma = self.quantile(p).clamp(self.path.log_sigma_min, self.path.log_sigma_max)
-        return log_sigma, torch.ones_like(log_sigma)
+        return self.quantile(u), torch.ones_like(u)
 
-    def record(self, log_sigma: Tensor, x0_error: Tensor, loss: Tensor) -> None:
-        """Nothing is learned."""
+    def cdf(self, log_sigma: Tensor) -> Tensor:
+        """Share of the draws below each noise level, float64."""
+        share = (self._cdf(log_sigma.double()) - self._low) / (self._high - self._low)
+        return share.clamp(0, 1)
 
-    def refresh(self, images: int) -> None:
-        """Nothing is rebuilt."""
+    def quantile(self, u: Tensor) -> Tensor:
+        """log sigma below which a share u of the draws lies, the inverse of `cdf`, float64."""
+        log_sigma = self._quantile(self._low + u.double() * (self._high - self._low))
+        return log_sigma.clamp(self.path.log_sigma_min, self.path.log_sigma_max)  # rounding only
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to save."""
-        return {}
+    def density(self, log_sigma: Tensor) -> Tensor:
+        """Density of the draws per unit log sigma, float64; its integral is 1, and it is 0 outside the path's range.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        Taken as the inverse slope of `quantile`, which is differentiable where `cdf` may have no closed form.
+        """
+        with torch.enable_grad():
+            # a hair inside the ends, where the clamp that guards against rounding would have no slope
+            u = self.cdf(log_sigma).clamp(1e-9, 1 - 1e-9).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.quantile(u).sum(), u)
+        inside = (log_sigma >= self.path.log_sigma_min) & (log_sigma <= self.path.log_sigma_max)
+        return torch.where(inside, 1 / slope, 0.0)
+
+    @abstractmethod
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
+        """The CDF of the uncut distribution, up to a linear map."""
+
+    @abstractmethod
+    def _quantile(self, p: Tensor) -> Tensor:
+        """The inverse of `_cdf`."""
 
 
 class Uniform(FixedSampler):
-    """Uniform over the scheduler's own training time."""
+    """Uniform over the scheduler's own training time (Ho et al. 2020)."""
 
-    def cdf(self, log_sigma: Tensor) -> Tensor:
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
         return self.path.fraction(log_sigma)
 
-    def quantile(self, p: Tensor) -> Tensor:
+    def _quantile(self, p: Tensor) -> Tensor:
         return self.path.at_fraction(p)
 
 
 class Cosine(FixedSampler):
-    """sech(log_snr / 2) / (2 pi) over log SNR, log_snr = -2 log sigma: the cosine schedule's density."""
+    """sech(log_snr / 2) / (2 pi) over log SNR, log_snr = -2 log sigma: the cosine schedule (Nichol & Dhariwal 2021)."""
 
-    def cdf(self, log_sigma: Tensor) -> Tensor:
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
         return torch.atan(torch.exp(log_sigma)) * (2 / math.pi)
 
-    def quantile(self, p: Tensor) -> Tensor:
+    def _quantile(self, p: Tensor) -> Tensor:
         return torch.log(torch.tan(p * (math.pi / 2)))
 
 
 class LogUniform(FixedSampler):
     """Uniform over log sigma."""
 
-    def cdf(self, log_sigma: Tensor) -> Tensor:
-        return (log_sigma - self.path.log_sigma_min) / (self.path.log_sigma_max - self.path.log_sigma_min)
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
+        return log_sigma
 
-    def quantile(self, p: Tensor) -> Tensor:
-        return self.path.log_sigma_min + p * (self.path.log_sigma_max - self.path.log_sigma_min)
+    def _quantile(self, p: Tensor) -> Tensor:
+        return p
 
 
 class LogNormal(FixedSampler):
-    """Normal over log sigma."""
+    """Normal over log sigma (Karras et al. 2022)."""
 
-    def cdf(self, log_sigma: Tensor) -> Tensor:
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
         return torch.special.ndtr((log_sigma - self.section.mean) / self.section.std)
 
-    def quantile(self, p: Tensor) -> Tensor:
+    def _quantile(self, p: Tensor) -> Tensor:
         return self.section.mean + self.section.std * torch.special.ndtri(p)
 
 
 class LogitNormal(FixedSampler):
-    """Logit-normal over the scheduler's own training time."""
+    """Logit-normal over the scheduler's own training time (Esser et al. 2024, section 3.1)."""
 
-    def cdf(self, log_sigma: Tensor) -> Tensor:
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
         return torch.special.ndtr((torch.logit(self.path.fraction(log_sigma)) - self.section.mean) / self.section.std)
 
-    def quantile(self, p: Tensor) -> Tensor:
+    def _quantile(self, p: Tensor) -> Tensor:
         return self.path.at_fraction(torch.sigmoid(self.section.mean + self.section.std * torch.special.ndtri(p)))
 
 
 class Mode(FixedSampler):
-    """SD3's mode sampling: time u' = 1 - u - s (cos^2(pi u / 2) - 1 + u) of a uniform u, decreasing in u."""
+    """SD3's mode sampling (Esser et al. 2024, section 3.1): time p - s (sin^2(pi p / 2) - p) of a uniform p."""
 
-    def cdf(self, log_sigma: Tensor) -> Tensor:
-        wanted = self.path.fraction(log_sigma)
-        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+    def _cdf(self, log_sigma: Tensor) -> Tensor:
+        time = self.path.fraction(log_sigma)
+        low, high = torch.zeros_like(time), torch.ones_like(time)
         for _ in range(60):  # bisection: the map has no closed inverse
             middle = (low + high) / 2
-            above = self._time(middle) > wanted
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return 1 - (low + high) / 2
+            above = self._time(middle) > time
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (low + high) / 2
 
-    def quantile(self, p: Tensor) -> Tensor:
-        return self.path.at_fraction(self._time(1 - p))
+    def _quantile(self, p: Tensor) -> Tensor:
+        return self.path.at_fraction(self._time(p))
 
-    def _time(self, u: Tensor) -> Tensor:
-        return 1 - u - self.section.scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    def _time(self, p: Tensor) -> Tensor:
+        return p - self.section.scale * (torch.sin(math.pi / 2 * p) ** 2 - p)
