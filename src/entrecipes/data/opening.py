@@ -8,6 +8,7 @@ import torch
 
 from entrecipes.data.images import ImageSet, Splits
 from entrecipes.data.latents import cache_latents
+from entrecipes.data.stream import IterableImageSet
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.diffusion.space import LatentSpace, PixelSpace
 from entrecipes.errors import UserError
@@ -43,12 +44,13 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
     image_size, channels = section.image_size or components.image_size, section.channels or components.channels
     if (image_size, channels) != (components.image_size, components.channels):
         raise UserError(
-            f"data: images of {image_size} px and {channels} channel(s), but the model takes {components.image_size} px and "
-            f"{components.channels}; leave out data.image_size and data.channels, or change the model's config"
+            f"data: images of {image_size} px and {channels} channel(s), but the model takes "
+            f"{components.image_size} px and {components.channels}; leave out data.image_size and data.channels, or change the model's config"
         )
     images: Splits = build("data", section, image_size=image_size, channels=channels)
     if num_classes is None:
-        images = Splits(*(part and replace(part, labels=None) for part in (images.train, images.held_out)))
+        parts = (part and replace(part, labels=None) for part in (images.train, images.held_out))
+        images = Splits(*parts)
         found = None
     elif images.train.labels is None:
         raise UserError(f"data: the model is class-conditional, but {images.train.name} has no labels")
@@ -58,6 +60,8 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
             raise UserError(f"data: {images.train.name} has {found} classes, but the model is built for {num_classes}")
     if components.vae is None:
         return OpenedData(images.train, images.held_out, PixelSpace(), images, found)
+    if isinstance(images.train, IterableImageSet):
+        raise UserError("data.streaming: latents of a stream can't be cached; set data.streaming: false")
     vae = components.vae.to(device)
     train, held_out = (
         part

@@ -101,7 +101,7 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
     if looks_local and not Path(source).is_dir():
         raise UserError(f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)")
     try:
-        return cls.from_pretrained(source, revision=revision).to(torch.float32)
+        return cls.from_pretrained(source, revision=revision, dtype=torch.float32)
     except (OSError, ValueError, EnvironmentError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (

@@ -14,7 +14,8 @@ from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
-from entrecipes.evaluation.heldout import HeldOutBundle
+from entrecipes.errors import UserError
+from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.result import Metric
 from entrecipes.recipe.base import build
@@ -29,18 +30,23 @@ class Evaluator:
     def __init__(
         self, section: Evaluation, components: Components, data: OpenedData, device: torch.device, shard: Shard
     ) -> None:
+        """Raises UserError when there is nothing to measure on."""
         self.section, self.components, self.data = section, components, data
         self.device, self.shard = device, shard
-        self._bundles: dict[str, HeldOutBundle] | None = None
+        splits = {"held_out": data.held_out, "train": data.train}
+        self.splits = {name: images for name, images in splits.items() if isinstance(images, ImageSet)}
+        """What can be measured on, the first by preference; a stream can't be asked for chosen images."""
+        if not self.splits:
+            raise UserError("data: a stream must hold images out to be measured on; set data.held_out above 0")
+        self._bundles: dict[str, HeldOutBundle] = {}
         self._extractor: Any = None
 
     # -- denoising --------------------------------------------------------------------------------------------------
 
-    def held_out(self, model: ModelMixin, split: str = "held_out") -> Any:
+    def held_out(self, model: ModelMixin, split: str) -> HeldOutResult:
         """The denoising error per noise level and the nats of `model` on the fixed bundle of a split."""
-        if self._bundles is None:
-            splits = {"held_out": self.data.held_out, "train": self.data.train}
-            self._bundles = {name: self._bundle(images) for name, images in splits.items() if images is not None}
+        if split not in self._bundles:
+            self._bundles[split] = self._bundle(self.splits[split])
         denoiser = Denoiser(model, self.components.family, self.components.path)
         training = model.training
         model.eval()
@@ -52,10 +58,9 @@ class Evaluator:
     def held_out_row(self, model: ModelMixin) -> dict[str, Any]:
         """A log row: the nats of the held-out and of the training bundle side by side, and the profile of the former."""
         started = time.perf_counter()
-        splits = ["held_out", "train"] if self.data.held_out is not None else ["train"]
-        results = {split: self.held_out(model, split) for split in splits}
-        first = results[splits[0]]
-        row = first.to_row() | {"split": splits[0], "train_nats": results["train"].nats}
+        results = {split: self.held_out(model, split) for split in self.splits}
+        split, first = next(iter(results.items()))
+        row = first.to_row() | {"split": split, "train_nats": results["train"].nats if "train" in results else None}
         return row | {"seconds": time.perf_counter() - started}
 
     def _bundle(self, images: ImageSet) -> HeldOutBundle:
@@ -100,7 +105,7 @@ class Evaluator:
             origin: What the caller knows of them (images seen, training seed, whether they are averaged).
         """
         section = self.section
-        split = "held_out" if self.data.held_out is not None else "train"
+        split = next(iter(self.splits))
         about = origin | {"data": self.data.images.train.name}
         nats = self.held_out(model, split).to_metric(about | {"split": split})
         return [nats, *self._sample_metrics(model, about)] if section.metrics else [nats]
