@@ -3,8 +3,8 @@
     python scripts/benchmark_training.py --repetitions 7 --steps 30 --json recipes/digits/benchmark.json
 
 All three train the same UNet on the same digits with AdamW, gradient clipping and an average of the weights, in one
-process, in turns (each repetition times all three, in a rotating order), so that a machine whose speed drifts slows them
-alike. `bare` has the same good habits as the trainer (fused AdamW, one fused average, images on the device, no wait per
+process, in turns (each repetition times all three, in a rotating order), so that a machine whose speed drifts slows
+them alike. `bare` has the same good habits as the trainer (fused AdamW, one fused average, images on the device, no wait per
 step) and nothing else. `usual form` does what `train_unconditional`-type scripts do: a DataLoader that decodes and
 normalises each image, AdamW and EMA one tensor at a time, a host read of the loss and a progress bar update every step.
 """
@@ -42,7 +42,7 @@ class Trainer:
     def steps(self, count: int) -> None:
         for _ in range(count):
             step(self.run, self.batches)
-        self.run.window.tolist()
+        self.run.window.sums.tolist()
 
 
 def fresh_model(run: Run) -> torch.nn.Module:
@@ -171,14 +171,15 @@ def main() -> None:
     rates = {name: [round(images / s, 1) for s in values] for name, values in seconds.items()}
     cost = [t / b - 1 for t, b in zip(seconds["trainer"], seconds["bare"], strict=True)]
     gain = [u / t for t, u in zip(seconds["trainer"], seconds["usual form"], strict=True)]
-    print(f"{args.recipe}, batch {run.recipe.training.batch_size}, {run.device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    where = f"{run.device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    print(f"{args.recipe}, batch {run.recipe.training.batch_size}, {where}; medians of {args.repetitions} repetitions")
     for name, values in rates.items():
-        print(f"{name:11} {statistics.median(values):9.1f} images/s (median of {len(values)}; {min(values)} to {max(values)})")
-    print(f"trainer over bare loop: {statistics.median(cost):+.1%} time a step (median of pairs; {min(cost):+.1%} to {max(cost):+.1%})")
-    print(f"trainer against usual form: {statistics.median(gain):.2f}x (median of pairs; {min(gain):.2f} to {max(gain):.2f})")
+        print(f"{name:11} {statistics.median(values):9.1f} images/s ({min(values)} to {max(values)})")
+    print(f"trainer's step over the bare loop's: {statistics.median(cost):+.1%} ({min(cost):+.1%} to {max(cost):+.1%})")
+    print(f"trainer against the usual form: {statistics.median(gain):.2f}x ({min(gain):.2f} to {max(gain):.2f})")
     if args.json:
-        result = {"images_per_second": rates, "cost_over_bare": cost, "gain_over_usual_form": gain, "steps": args.steps,
-                  "device": str(run.device), "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+        result = {"recipe": args.recipe, "overrides": args.overrides, "steps": args.steps, "where": where}
+        result |= {"images_per_second": rates, "cost_over_bare": cost, "gain_over_usual_form": gain}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Train a recipe; the same run as `entrecipes run`.
 
-    accelerate launch scripts/train.py RECIPE [key=value ...]
-    accelerate launch --config_file recipes/accelerate/ddp.yaml scripts/train.py digits/demo training.images=20k
+accelerate launch scripts/train.py RECIPE [key=value ...]
+accelerate launch --config_file recipes/accelerate/ddp.yaml scripts/train.py digits/demo training.images=20k
 """
 
 import sys

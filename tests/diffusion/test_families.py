@@ -71,7 +71,9 @@ def test_guidance_uses_the_null_label():
 
 def test_a_fresh_dit_starts_as_adaln_zero():
     parts = components(DIT, FLOW)
-    output = parts.family.predict(parts.model, torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, 3]))
+    output = parts.family.predict(
+        parts.model, torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([0, 3])
+    )
     assert output.shape == (2, 1, 8, 8)
     assert all(block.norm1.linear.weight.abs().max() == 0 for block in parts.model.transformer_blocks)
 

@@ -104,7 +104,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_run_ends_bit_equal(finished, tmp_path, kills):
-    """`kill -9`, resume, again and again: weights, average, optimizer and every number equal the uninterrupted run's."""
+    """`kill -9`, resume, again and again: weights, average, optimizer and numbers equal the uninterrupted run's."""
     recipe, folder, chance = write(tmp_path, tiny()), tmp_path / "run", random.Random(kills)
     for _ in range(kills):
         process = subprocess.Popen(
@@ -155,5 +155,7 @@ def test_a_users_mistakes_exit_with_2_and_one_message(tmp_path):
     done = entrecipes("run", write(tmp_path, tiny(data={"type": "folder", "path": str(tmp_path / "none")})))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert str(tmp_path / "none") in done.stderr
-    done = entrecipes("run", write(tmp_path, tiny()), "training.resume=nowhere/images-1", f"training.output={tmp_path}/x")
+    done = entrecipes(
+        "run", write(tmp_path, tiny()), "training.resume=nowhere/images-1", f"training.output={tmp_path}/x"
+    )
     assert done.returncode == 2 and "nowhere/images-1" in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,10 @@ from entrecipes.training import checkpoint
 
 STATE = {
     "model": {"weight": torch.randn(3, 4), "count": torch.tensor(7)},
-    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 5: {"m": torch.ones(2, dtype=torch.uint8)}}, "groups": [{"betas": (0.9, 0.99)}]},
+    "optimizer": {
+        "state": {0: {"step": torch.tensor(3.0)}, 5: {"m": torch.ones(2, dtype=torch.uint8)}},
+        "groups": [{"betas": (0.9, 0.99)}],
+    },
     "run": {"images": 64, "scaler": None, "seconds": 1.5},
     "noise": {},
 }

@@ -33,7 +33,12 @@ def test_every_registered_optimizer_lowers_a_loss(name):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     if "8bit" in name:
-        assert any(value.dtype == torch.uint8 for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+        assert any(
+            value.dtype == torch.uint8
+            for state in optimizer.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        )
 
 
 def test_an_unknown_torch_optimizer_names_the_nearest():
@@ -71,4 +76,6 @@ def test_the_state_of_frozen_weights_is_dropped_and_the_rest_kept():
     ],
 )
 def test_learning_rate_is_a_function_of_images(schedule, images, share):
-    assert learning_rate(section(type="adamw", learning_rate=2.0, schedule=schedule), images, 1000) == pytest.approx(2 * share)
+    assert learning_rate(section(type="adamw", learning_rate=2.0, schedule=schedule), images, 1000) == pytest.approx(
+        2 * share
+    )

@@ -29,7 +29,9 @@ def assert_equal(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("noise", [{"type": "log_normal"}, {"type": "loss_aware", "bins": 4, "history": 2, "refresh_every": 32}])
+@pytest.mark.parametrize(
+    "noise", [{"type": "log_normal"}, {"type": "loss_aware", "bins": 4, "history": 2, "refresh_every": 32}]
+)
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, noise):
     """Weights (with dropout in the model), EMA, logged losses and held-out nats equal those of an uninterrupted run."""
     recipe = tiny_recipe(noise=noise)
@@ -67,7 +69,10 @@ def test_accumulated_gradients_equal_the_large_batch():
 
 
 def test_stages_freeze_weights_and_the_average_goes_on():
-    blocks = {"type": "staged", "stages": [{"train": ["*"]}, {"from_images": 32, "train": ["up_blocks.*", "conv_out.*"]}]}
+    blocks = {
+        "type": "staged",
+        "stages": [{"train": ["*"]}, {"from_images": 32, "train": ["up_blocks.*", "conv_out.*"]}],
+    }
     run = Run(tiny_recipe(blocks=blocks, optimizer={"type": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1},
                           training={"ema": {"half_life": 100, "warmup_ratio": 1e6}}), None)  # fmt: skip
     batches = run.batches()
@@ -85,7 +90,14 @@ def test_stages_freeze_weights_and_the_average_goes_on():
 
 
 def test_staged_training_resumes_bit_for_bit(tmp_path):
-    blocks = {"type": "staged", "stages": [{"train": ["*"]}, {"from_images": 48, "train": ["up_blocks.*"]}, {"from_images": 112, "train": ["*"]}]}
+    blocks = {
+        "type": "staged",
+        "stages": [
+            {"train": ["*"]},
+            {"from_images": 48, "train": ["up_blocks.*"]},
+            {"from_images": 112, "train": ["*"]},
+        ],
+    }
     recipe = tiny_recipe(blocks=blocks)
     whole = Run(recipe, None)
     train(whole)
@@ -113,7 +125,9 @@ def test_labels_are_dropped_once_per_sample_and_only_where_guidance_exists():
 
 
 def test_a_diverged_loss_is_named_and_no_checkpoint_holds_it(tmp_path):
-    recipe = tiny_recipe(optimizer={"type": "torch", "name": "SGD", "learning_rate": 1e30}, training={"clip_grad_norm": None})
+    recipe = tiny_recipe(
+        optimizer={"type": "torch", "name": "SGD", "learning_rate": 1e30}, training={"clip_grad_norm": None}
+    )
     with pytest.raises(UserError, match="lower optimizer.learning_rate"):
         train(Run(recipe, tmp_path))
     assert not list(tmp_path.glob("checkpoints/images-*"))
@@ -133,7 +147,9 @@ def test_what_does_not_fit_is_said_before_training():
     with pytest.raises(UserError, match="10 classes, but the model is built for 5"):
         Run(tiny_recipe(wide), None)
     typo = {**UNET, "config": {**UNET["config"], "layer_per_block": 1}}
-    with pytest.raises(UserError, match="layer_per_block: UNet2DModel takes no such argument; did you mean 'layers_per_block'"):
+    with pytest.raises(
+        UserError, match="layer_per_block: UNet2DModel takes no such argument; did you mean 'layers_per_block'"
+    ):
         Run(tiny_recipe(typo), None)
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler can't sample in ConsistencyModelPipeline"):
         Run(tiny_recipe(UNET, {"class": "FlowMatchEulerDiscreteScheduler"}), None)

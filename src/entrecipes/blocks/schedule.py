@@ -61,7 +61,7 @@ class StagedBlocks:
                 if not fnmatch.filter(names, pattern):
                     top = sorted({name.split(".")[0] for name in names})
                     raise UserError(
-                        f"blocks.stages.{i}.train: '{pattern}' matches no parameter; top-level modules: {', '.join(top)}"
+                        f"blocks.stages.{i}.train: '{pattern}' matches no parameter; the model has {', '.join(top)}"
                     )
 
     def advance(self, images: int) -> list[str]:

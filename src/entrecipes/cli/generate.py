@@ -16,10 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--count", type=int, default=40, help="images (default 40)")
     parser.add_argument("--labels", help="classes asked for, such as 3,1,4; they repeat in turn (default: all in turn)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is off (default)")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is off (default)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (default 0)")
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time (default 100)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("samples.png"), help="grid to write (default samples.png)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("samples.png"), help="grid to write (default samples.png)"
+    )
     parser.add_argument("--separate", type=Path, metavar="FOLDER", help="also write every image into this folder")
 
 
@@ -60,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         args.separate.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             pixels = image.permute(1, 2, 0).numpy()
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(args.separate / f"{i:05d}.png")
+            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
+                args.separate / f"{i:05d}.png"
+            )
         print(f"each of them in {args.separate}/")
     return 0
 

@@ -48,12 +48,21 @@ def _through_accelerate(args: argparse.Namespace) -> int:
     if not config.exists():
         names = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
         raise UserError(f"--accelerate {args.accelerate}: no such file; the configs that come with entrecipes: {names}")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "entrecipes", "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "-m",
+        "entrecipes",
+        "run",
+    ]
     return subprocess.call([*command, args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
 
 
 def _train(loaded: LoadedRecipe) -> int:
-    from entrecipes.training.launch import Interrupted, run_recipe, run_folder
+    from entrecipes.training.launch import Interrupted, run_folder, run_recipe
 
     show = _Progress(loaded) if sys.stdout.isatty() else _print_row
     try:
@@ -114,13 +123,17 @@ def _dry_run(loaded: LoadedRecipe) -> int:
 
     estimate = dry_run(loaded.recipe)
     minutes = estimate.training_seconds / 60
-    print(f"recipe             {loaded.name}: {loaded.recipe.description}")
-    print(f"parameters         {estimate.trainable_parameters:,} trainable of {estimate.parameters:,}")
-    print(f"data               {estimate.train_images:,} training images, {estimate.held_out_images:,} held out")
-    print(f"processes          {estimate.world_size}")
-    print(f"memory             {estimate.weights_gib:.3f} GiB weights, gradients, optimizer, EMA; peak {estimate.peak_memory_gib:.3f} GiB")
-    print(f"speed              {estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training")
+    held = f"{estimate.weights_gib:.3f} GiB weights, gradients, optimizer and average"
+    for what, value in {
+        "recipe": f"{loaded.name}: {loaded.recipe.description}",
+        "parameters": f"{estimate.trainable_parameters:,} trainable of {estimate.parameters:,}",
+        "data": f"{estimate.train_images:,} training images, {estimate.held_out_images:,} held out",
+        "processes": estimate.world_size,
+        "memory": f"{held}; at most {estimate.peak_memory_gib:.3f} GiB in all",
+        "speed": f"{estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training",
+    }.items():
+        print(f"{what:12} {value}")
     for plan in estimate.evaluations:
-        print(f"evaluation         {plan}")
+        print(f"{'evaluation':12} {plan}")
     print("nothing was written")
     return 0

@@ -1,4 +1,4 @@
-"""Call any supported diffusers model as a denoiser: clean images, noise and log sigma in, prediction and x0 error out."""
+"""Call any supported diffusers model as a denoiser: x0, noise and log sigma in, prediction and x0 error out."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Family(ABC):
         """The label that stands for "no class" in guidance; None where the pipeline has no guidance."""
         return None
 
-    def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:
+    def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
         """Adjust a fresh or loaded model to our trainer; nothing by default."""
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
@@ -69,7 +69,7 @@ class Family(ABC):
 
 
 class UNet2D(Family):
-    """`UNet2DModel` in pixel space, published as `ConsistencyModelPipeline`, the stock pipeline that passes class labels."""
+    """`UNet2DModel` in pixel space, published as `ConsistencyModelPipeline`, which passes class labels."""
 
     model_class = "UNet2DModel"
     component = "unet"
@@ -86,8 +86,8 @@ class UNet2D(Family):
         super().check_scheduler(scheduler)
         if "generator" not in inspect.signature(scheduler.step).parameters:
             raise UserError(
-                f"{type(scheduler).__name__}.step takes no generator, which {self.pipeline_class.__name__} passes; take "
-                "DDIMScheduler, EDMEulerScheduler or DPMSolverMultistepScheduler."
+                f"{type(scheduler).__name__}.step takes no generator, which {self.pipeline_class.__name__} passes; "
+                "take DDIMScheduler, EDMEulerScheduler or DPMSolverMultistepScheduler."
             )
 
     def generate(
@@ -104,7 +104,7 @@ class UNet2D(Family):
 
 
 class DiT(Family):
-    """`DiTTransformer2DModel`, published as `DiTPipeline`: always class-conditional, latent or (with the pixel VAE) pixels."""
+    """`DiTTransformer2DModel`, published as `DiTPipeline`: class-conditional, on latents or (with the pixel VAE) pixels."""
 
     model_class = "DiTTransformer2DModel"
     component = "transformer"
@@ -124,8 +124,8 @@ class DiT(Family):
     def null_label(self, model: ModelMixin) -> int | None:
         if model.config.num_embeds_ada_norm != self.NULL_LABEL:
             raise UserError(
-                "pipeline.build.model.config.num_embeds_ada_norm: DiTPipeline hard-codes 1000 as the label of guidance's "
-                f"unconditional half; set 1000 (now {model.config.num_embeds_ada_norm}), or training.label_dropout: 0."
+                "pipeline.build.model.config.num_embeds_ada_norm: DiTPipeline hard-codes 1000 as the label of "
+                f"guidance's unconditional half; set 1000 (now {model.config.num_embeds_ada_norm}), or training.label_dropout: 0."
             )
         return self.NULL_LABEL
 
@@ -144,7 +144,7 @@ class DiT(Family):
         super().check_scheduler(scheduler)
         if abs(float(scheduler.init_noise_sigma) - 1) > 1e-3:
             raise UserError(
-                f"{type(scheduler).__name__} starts from noise of standard deviation {float(scheduler.init_noise_sigma):.3g}, "
+                f"{type(scheduler).__name__} starts from noise of deviation {float(scheduler.init_noise_sigma):.3g}, "
                 "but DiTPipeline always starts from 1; take a VP scheduler such as DDIMScheduler, or "
                 "DPMSolverMultistepScheduler with use_flow_sigmas: true."
             )
@@ -186,4 +186,6 @@ def family_of_pipeline(pipeline: DiffusionPipeline) -> Family:
     for family in FAMILIES.values():
         if type(getattr(pipeline, family.component, None)).__name__ == family.model_class:
             return family
-    raise UserError(f"{type(pipeline).__name__} carries no model that can be trained here; supported: {', '.join(FAMILIES)}")
+    raise UserError(
+        f"{type(pipeline).__name__} carries no model that can be trained here; supported: {', '.join(FAMILIES)}"
+    )

@@ -99,13 +99,17 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
     """`cls.from_pretrained` with errors that say what to do next."""
     looks_local = Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not Path(source).is_dir():
-        raise UserError(f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)")
+        raise UserError(
+            f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"
+        )
     try:
         return cls.from_pretrained(source, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError, EnvironmentError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (
-            "check the folder" if Path(source).is_dir() else "check the id, your network and `hf auth login`, or give a folder"
+            "check the folder"
+            if Path(source).is_dir()
+            else "check the id, your network and `hf auth login`, or give a folder"
         )
         raise UserError(f"{source}: no {cls.__name__} could be loaded ({first_line}); {advice}") from error
 

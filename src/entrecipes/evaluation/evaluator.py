@@ -13,8 +13,8 @@ from entrecipes.data.images import ImageSet
 from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
-from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.errors import UserError
+from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.result import Metric
@@ -56,7 +56,7 @@ class Evaluator:
             model.train(training)
 
     def held_out_row(self, model: ModelMixin) -> dict[str, Any]:
-        """A log row: the nats of the held-out and of the training bundle side by side, and the profile of the former."""
+        """A log row: the nats of the held-out and the training bundle side by side, and the profile of the former."""
         started = time.perf_counter()
         results = {split: self.held_out(model, split) for split in self.splits}
         split, first = next(iter(results.items()))

@@ -1,4 +1,4 @@
-"""Generate images with a stock pipeline, each from its own seed, so that batch size and process count change nothing."""
+"""Generate images with a stock pipeline, each from its own seed: batch size and process count change nothing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What every recipe section is made of: strict frozen models, counts such as `50k`, and the registry of choices.
 
-A *wing* is a part of the recipe in which one of several methods is chosen by `type:` (noise, data, optimizer, ...). Each
+A *wing* is a part of the recipe in which one of several methods is chosen by `type:` (noise, data, optimizer...). Each
 choice is one class that says its keys, its one-line summary and its paper, and names the code that carries it out by a
 dotted string, so that listing or validating recipes never imports torch.
 """
@@ -11,7 +11,7 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -90,7 +90,7 @@ def register(wing: str, *, implementation: str, paper: str = "") -> Callable[[Se
 def union(wing: str) -> Any:
     """The type of a wing's section: any of its registered choices, told apart by `type`."""
     sections = tuple(entry.section for entry in REGISTRY[wing].values())
-    return Annotated[Union[sections], Field(discriminator="type")] if len(sections) > 1 else sections[0]
+    return Annotated[sections, Field(discriminator="type")] if len(sections) > 1 else sections[0]
 
 
 def choice(wing: str, name: str) -> Entry:

@@ -11,7 +11,7 @@ from entrecipes.recipe.base import Count, PositiveCount, Section, register, unio
 
 @register("features", implementation="entrecipes.evaluation.features:efficientnet_lite0", paper="Tan & Le 2019")
 class EfficientNetLite0Features(Section):
-    """EfficientNet-Lite0 (ImageNet weights from a package, offline): 1280 features. Never comparable with published FID."""
+    """EfficientNet-Lite0 (ImageNet weights from a package, offline), 1280 features; never comparable with published FID."""
 
     type: Literal["efficientnet_lite0"] = "efficientnet_lite0"
     size: int = Field(112, gt=0)
@@ -20,14 +20,18 @@ class EfficientNetLite0Features(Section):
 
 @register("features", implementation="entrecipes.evaluation.features:inception", paper="Heusel et al. 2017 (FID)")
 class InceptionFeatures(Section):
-    """The FID network (torch-fidelity's Inception v3, 2048 features): needs `pip install entrecipes[inception]` and its weights."""
+    """The FID network (torch-fidelity's Inception v3, 2048 features): needs `entrecipes[inception]` and its weights."""
 
     type: Literal["inception"] = "inception"
     weights: str | None = None
     """Path of the weights file; null: torch-fidelity downloads it."""
 
 
-@register("features", implementation="entrecipes.evaluation.features:transformers_vision", paper="Stein et al. 2023 (FD-DINOv2)")
+@register(
+    "features",
+    implementation="entrecipes.evaluation.features:transformers_vision",
+    paper="Stein et al. 2023 (FD-DINOv2)",
+)
 class TransformersFeatures(Section):
     """Any transformers vision model (DINOv2, CLIP, ViT...) by Hub id or folder: its pooled output."""
 
@@ -42,14 +46,14 @@ FeaturesSection = union("features")
 
 
 class HeldOut(Section):
-    """The fixed bundle (same x0, noise and sigma every time) behind the denoising loss per noise level and the held-out nats."""
+    """The fixed bundle (same x0, noise and sigma every time) behind the error per noise level and the held-out nats."""
 
     images: PositiveCount = 256
     """Held-out images in the bundle (all of them when there are fewer)."""
     noise_levels: int = Field(32, ge=4)
     """Grid points over log sigma, each applied to every image of the bundle."""
     gate_pivot: float | None = Field(0.2, gt=0)
-    """Noise level sigma below which the gate sigma^3 / (sigma^3 + pivot^3) fades information out; pin it in comparisons. Null: no gate."""
+    """Sigma below which the gate sigma^3 / (sigma^3 + pivot^3) fades information out; pin it in comparisons. Null: no gate."""
     seed: int = 0
     """Seed of the bundle's images and noise."""
 

@@ -86,14 +86,18 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: {STATE_FILE} is missing, so this is no checkpoint; name another folder") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE_FILE}: damaged ({error}); remove {path} and resume from an older one") from error
+        raise UserError(
+            f"{path / STATE_FILE}: damaged ({error}); remove {path} and resume from an older one"
+        ) from error
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: written in format {record.get('format')}, this version reads format {FORMAT}")
     for name, facts in files.items():
         if not (path / name).exists():
             raise UserError(f"{path / name}: missing; remove {path} and resume from an older checkpoint")
         if _sha256(path / name) != facts["sha256"]:
-            raise UserError(f"{path / name}: damaged (its SHA-256 has changed); remove {path} and resume from an older one")
+            raise UserError(
+                f"{path / name}: damaged (its SHA-256 has changed); remove {path} and resume from an older one"
+            )
     tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in files}
     return {key: _join(value, tensors.get(key, {})) for key, value in values.items()}
 

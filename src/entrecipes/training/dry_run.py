@@ -46,7 +46,7 @@ def dry_run(recipe: Recipe) -> Estimate:
     started = time.perf_counter()
     for _ in range(TIMED_STEPS):
         step(run, batches)
-    run.window.tolist()  # wait for the device
+    run.window.sums.tolist()  # wait for the device
     rate = TIMED_STEPS * recipe.training.batch_size / (time.perf_counter() - started)
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     state = [v for values in run.optimizer.optimizer.state.values() for v in values.values() if hasattr(v, "nbytes")]
@@ -75,5 +75,7 @@ def planned(recipe: Recipe) -> list[str]:
     plans = [f"held-out nats, {times(evaluation.every)}", f"sample grid, {times(recipe.training.sample_every)}"]
     if evaluation.metrics:
         names = ", ".join(evaluation.metrics)
-        plans.append(f"{names} on {evaluation.samples:,} samples of {evaluation.steps} steps, {times(evaluation.metrics_every)}")
+        plans.append(
+            f"{names} on {evaluation.samples:,} samples of {evaluation.steps} steps, {times(evaluation.metrics_every)}"
+        )
     return plans

@@ -17,8 +17,8 @@ def derive_seed(*parts: int | str) -> int:
 class StepRandom:
     """The random numbers of one optimizer step.
 
-    Everything is drawn for the whole batch, on every process alike, and cut to the rows of this one. So the numbers do not
-    depend on how many processes share the batch, at the price of drawing the others' rows too.
+    Everything is drawn for the whole batch, on every process alike, and cut to the rows of this one. So the numbers do
+    not depend on how many processes share the batch, at the price of drawing the others' rows too.
     """
 
     def __init__(self, seed: int, batch_size: int, rank: int, world_size: int, device: torch.device) -> None:

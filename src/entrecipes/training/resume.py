@@ -41,16 +41,16 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             "another training.output."
         )
     notices = [
-        f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, so "
-        "it will not repeat an uninterrupted one bit for bit"
+        f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "
+        "so it will not repeat an uninterrupted one bit for bit"
         for key, old, new in changes
         if not key.startswith(HARMLESS) and key != "training.images"
     ]
     before = state["run"]["world_size"]
     if before != world_size:
         notices.append(
-            f"{path.name}: written by {before} process{'es' * (before > 1)}, now {world_size}: every step still sees the "
-            "same images and noise, and only the order of summation differs (about 1e-6 of the loss)"
+            f"{path.name}: written by {before} process{'es' * (before > 1)}, now {world_size}: every step still sees "
+            "the same images and noise, and only the order of summation differs (about 1e-6 of the loss)"
         )
     return notices
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
 from entrecipes.training.resume import check_continues
 from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
+from entrecipes.training.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,12 @@ class Run:
 
         self.images = 0
         self.stop_requested = False
-        self.seconds = 0.0  # of training, without evaluation, sampling and checkpoints
+        self.window = Window(3, self.device)
         self.optimizer: Any = None
         self.events = self.blocks.advance(0)
         self._wrap()
         self.log = RunLog(folder, self.accelerator, listener)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, self._shard())
-        self._clear_window()
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -196,9 +196,8 @@ class Run:
         if self.noise.records:
             gathered = self.accelerator.gather(torch.stack([loss, x0_error], dim=1))
             self.noise.record(log_sigma, gathered[:, 1], gathered[:, 0])
-        window = torch.stack([(loss * weight).mean(), x0_error.mean(), grad_norm if grad_norm is not None else loss.new_zeros(())])
-        self.window += window.double()
-        self.window_steps += 1
+        norm = loss.new_zeros(()) if grad_norm is None else grad_norm
+        self.window.add(torch.stack([(loss * weight).mean(), x0_error.mean(), norm]))
 
     def advance_blocks(self) -> None:
         """Let the block schedule open, close or remove weights; rebuild what depends on them when it did."""
@@ -220,43 +219,48 @@ class Run:
         """Write the means over the steps since the last row: the one place where the loop waits for the device."""
         if not self.due(self.recipe.training.log_every, before):
             return
-        loss, x0_error, grad_norm = self.accelerator.reduce(self.window / self.window_steps, "mean").tolist()
+        window, training = self.window, self.recipe.training
+        loss, x0_error, grad_norm = self.accelerator.reduce(window.sums / window.steps, "mean").tolist()
         self._check_finite(loss)
-        seconds = self._stop_clock()
-        steps = self.window_steps
+        window.stop_clock()
         values = {
             "loss": loss,
             "x0_error": x0_error,
-            "grad_norm": grad_norm if self.recipe.training.clip_grad_norm else None,
+            "grad_norm": grad_norm if training.clip_grad_norm else None,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": steps * self.recipe.training.batch_size / seconds if seconds else None,
+            "images_per_second": window.steps * training.batch_size / window.seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
-            "seconds": self.seconds,
+            "seconds": window.total_seconds,
         }
         self.log.write("train", self.images, **values)
-        self._clear_window()
+        window.clear()
 
     def _check_finite(self, loss: float) -> None:
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} within the {self.window_steps} steps before image {self.images}. The checkpoints "
-                "are older than that; lower optimizer.learning_rate, or train without fp16, and run again to go on from there."
+                f"the loss became {loss} within the {self.window.steps} steps before image {self.images}. The "
+                "checkpoints are older than that: lower optimizer.learning_rate, or train without fp16, and run again "
+                "to go on from there."
             )
 
     def begin(self) -> None:
         """Write down how the run starts; a fresh run measures the untrained model first."""
-        facts = {"world_size": self.world_size, "device": str(self.device), "precision": self.accelerator.mixed_precision}
+        facts = {
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "precision": self.accelerator.mixed_precision,
+        }
         self.log.write("start", self.images, **facts)
         for event in self.events if self.images == 0 else ():
             self.log.write("event", 0, what=event)
-        if self.images == 0 and self.recipe.evaluation.every:
-            self.log.write("held_out", 0, **self.evaluator.held_out_row(self.eval_model))
-        self.started = time.perf_counter()
+        with self.window.paused():
+            if self.images == 0 and self.recipe.evaluation.every:
+                self.log.write("held_out", 0, **self.evaluator.held_out_row(self.eval_model))
 
     def measure_when_due(self, before: int) -> None:
         """Held-out nats, sample grid and sample-based metrics of the averaged model, each on its own cadence."""
         evaluation, training = self.recipe.evaluation, self.recipe.training
-        with self._maintenance():
+        with self.window.paused():
             if self.due(evaluation.every, before):
                 self.log.write("held_out", self.images, **self.evaluator.held_out_row(self.eval_model))
             if self.folder and self.due(training.sample_every, before):
@@ -270,32 +274,16 @@ class Run:
     def checkpoint_when_due(self, before: int) -> None:
         """Save everything that decides what happens next."""
         if self.folder and (self.stop_requested or self.due(self.recipe.training.checkpoint_every, before)):
-            with self._maintenance():
-                self._check_finite(float(self.window.sum()))
+            with self.window.paused():
+                self._check_finite(self.window.sums.sum().item())
                 if self.accelerator.is_main_process:
                     checkpoint.save(
-                        self.folder / "checkpoints", self.images, self.state_dict(), self.recipe.training.keep_checkpoints
+                        self.folder / "checkpoints",
+                        self.images,
+                        self.state_dict(),
+                        self.recipe.training.keep_checkpoints,
                     )
                 self.accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def _maintenance(self) -> Iterator[None]:
-        """Time that does not count as training."""
-        self._stop_clock()
-        yield
-        self.started = time.perf_counter()
-
-    def _stop_clock(self) -> float:
-        """Add the time since the clock was started to the run's training seconds; returns the window's so far."""
-        now = time.perf_counter()
-        self.window_seconds += now - self.started
-        self.seconds += now - self.started
-        self.started = now
-        return self.window_seconds
-
-    def _clear_window(self) -> None:
-        self.window = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.window_steps, self.window_seconds, self.started = 0, 0.0, time.perf_counter()
 
     @property
     def eval_model(self) -> Any:
@@ -317,10 +305,9 @@ class Run:
             "optimizer": self.optimizer.optimizer.state_dict(),
             "noise": self.noise.state_dict(),
             "blocks": self.blocks.state_dict(),
-            "window": {"sums": self.window, "steps": self.window_steps, "seconds": self.window_seconds},
+            "window": self.window.state_dict(),
             "run": {
                 "images": self.images,
-                "seconds": self.seconds,
                 "world_size": self.world_size,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             },
@@ -354,7 +341,6 @@ class Run:
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         self.images = state["run"]["images"]
-        self.seconds = state["run"]["seconds"]
         try:
             self.model.load_state_dict(state["model"])
             if self.ema:
@@ -372,6 +358,4 @@ class Run:
             ) from error
         if self.accelerator.scaler is not None and state["run"]["scaler"]:
             self.accelerator.scaler.load_state_dict(state["run"]["scaler"])
-        self.window = state["window"]["sums"].to(self.device)
-        self.window_steps, self.window_seconds = state["window"]["steps"], state["window"]["seconds"]
-        self.started = time.perf_counter()
+        self.window.load_state_dict(state["window"])
