@@ -3,8 +3,8 @@
     python scripts/benchmark_training.py --repetitions 7 --steps 30 --json recipes/digits/benchmark.json
 
 All three train the same UNet on the same digits with AdamW, gradient clipping and an average of the weights, in one
-process, in turns (each repetition times all three, in a rotating order), so that a machine whose speed drifts slows
-them alike. `bare` has the same good habits as the trainer (fused AdamW, one fused average, images on the device, no wait per
+process, in turns: each repetition times all three, in a rotating order, so that a machine whose speed drifts slows them
+alike. `bare` has the same good habits as the trainer (fused AdamW, one fused average, images on the device, no wait per
 step) and nothing else. `usual form` does what `train_unconditional`-type scripts do: a DataLoader that decodes and
 normalises each image, AdamW and EMA one tensor at a time, a host read of the loss and a progress bar update every step.
 """

@@ -2,7 +2,7 @@
 
     python scripts/measure_seeds.py digits/demo --seeds 0 1 2 --json recipes/digits/demo.json
 
-Every seed is an ordinary `entrecipes run` in a folder of its own (outputs/RECIPE-seed-N); the held-out images are the same.
+Every seed is an ordinary `entrecipes run` in outputs/RECIPE-seed-N; the held-out images are the same.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from tiny import DIT, EDM, FLOW, UNET, tiny_recipe
 
 from entrecipes.errors import UserError
 from entrecipes.training.loop import step, train
+from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
 
 
@@ -45,7 +46,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, noise):
     train(part)
     assert 80 <= part.images < 160
     rest = Run(recipe, tmp_path / "parts")
-    assert rest.resume().name == f"images-{part.images:012d}"
+    assert resume(rest).name == f"images-{part.images:012d}"
     train(rest)
 
     assert_equal(weights(whole), weights(rest))
@@ -105,7 +106,7 @@ def test_staged_training_resumes_bit_for_bit(tmp_path):
     part.log.listener = lambda row: setattr(part, "stop_requested", row["images"] >= 64)
     train(part)
     rest = Run(recipe, tmp_path)
-    rest.resume()
+    resume(rest)
     assert not rest.model.conv_in.weight.requires_grad
     train(rest)
     assert_equal(weights(whole), weights(rest))
@@ -136,9 +137,9 @@ def test_a_diverged_loss_is_named_and_no_checkpoint_holds_it(tmp_path):
 def test_another_recipes_checkpoint_is_refused_and_harmless_changes_are_not(tmp_path, caplog):
     train(Run(tiny_recipe(training={"images": 48}), tmp_path))
     with pytest.raises(UserError, match="belongs to another run .*learning.*|belongs to another run"):
-        Run(tiny_recipe(noise={"type": "uniform"}), tmp_path).resume()
+        resume(Run(tiny_recipe(noise={"type": "uniform"}), tmp_path))
     longer = Run(tiny_recipe(optimizer={"type": "adamw", "learning_rate": 2e-3}), tmp_path)
-    longer.resume()
+    resume(longer)
     assert longer.images == 48 and "optimizer.learning_rate was 0.001 and is now 0.002" in caplog.text
 
 

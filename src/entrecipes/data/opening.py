@@ -44,8 +44,8 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
     image_size, channels = section.image_size or components.image_size, section.channels or components.channels
     if (image_size, channels) != (components.image_size, components.channels):
         raise UserError(
-            f"data: images of {image_size} px and {channels} channel(s), but the model takes {components.image_size} px "
-            f"and {components.channels}; leave out data.image_size and data.channels, or change the model's config"
+            f"data: images of {image_size} px and {channels} channel(s), but the model takes {components.image_size} px"
+            f" and {components.channels}; leave out data.image_size and data.channels, or change the model's config"
         )
     images: Splits = build("data", section, image_size=image_size, channels=channels)
     if num_classes is None:

@@ -104,7 +104,7 @@ class UNet2D(Family):
 
 
 class DiT(Family):
-    """`DiTTransformer2DModel`, published as `DiTPipeline`: class-conditional, on latents or (with the pixel VAE) pixels."""
+    """`DiTTransformer2DModel`, published as `DiTPipeline`: class-conditional, on latents or (pixel VAE) pixels."""
 
     model_class = "DiTTransformer2DModel"
     component = "transformer"
@@ -125,7 +125,7 @@ class DiT(Family):
         if model.config.num_embeds_ada_norm != self.NULL_LABEL:
             raise UserError(
                 "pipeline.build.model.config.num_embeds_ada_norm: DiTPipeline hard-codes 1000 as the label of "
-                f"guidance's unconditional half; set 1000 (now {model.config.num_embeds_ada_norm}), or training.label_dropout: 0."
+                f"guidance's unconditional half; set 1000, not {model.config.num_embeds_ada_norm}"
             )
         return self.NULL_LABEL
 

@@ -1,12 +1,12 @@
-"""A stock `AutoencoderKL` whose weights make it the identity, so that latent pipelines can carry pixel-space models.
+"""A stock `AutoencoderKL` whose weights make it the identity, so that latent pipelines can carry pixel models.
 
 `DiTPipeline` always decodes through a VAE. For a transformer trained on pixels we publish this one: it loads with plain
 diffusers, is tiny (2,391 weights for grey images), and returns its input up to 1e-5 of the pixel range.
 
 How an autoencoder with group norms and SiLUs can be the identity: every channel x is carried beside its negative -x.
 SiLU then cancels exactly, silu(z) - silu(-z) = z. One more pair, the constants +K and -K with K far above any pixel,
-makes the group norm's mean zero and its variance the constant K^2 / pairs, up to a relative (x / K)^2. Residual branches
-are zero.
+makes the group norm's mean zero and its variance the constant K^2 / pairs, up to a relative (x / K)^2. Residual
+branches are zero.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ dotted string, so that listing or validating recipes never imports torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ def register(wing: str, *, implementation: str, paper: str = "") -> Callable[[Se
 def union(wing: str) -> Any:
     """The type of a wing's section: any of its registered choices, told apart by `type`."""
     sections = tuple(entry.section for entry in REGISTRY[wing].values())
-    return Annotated[sections, Field(discriminator="type")] if len(sections) > 1 else sections[0]
+    return Annotated[functools.reduce(operator.or_, sections), Field(discriminator="type")]
 
 
 def choice(wing: str, name: str) -> Entry:

@@ -11,7 +11,7 @@ from entrecipes.recipe.base import Count, PositiveCount, Section, register, unio
 
 @register("features", implementation="entrecipes.evaluation.features:efficientnet_lite0", paper="Tan & Le 2019")
 class EfficientNetLite0Features(Section):
-    """EfficientNet-Lite0 (ImageNet weights from a package, offline), 1280 features; never comparable with published FID."""
+    """EfficientNet-Lite0 (ImageNet weights from a package, offline), 1280 features; not comparable with FID."""
 
     type: Literal["efficientnet_lite0"] = "efficientnet_lite0"
     size: int = Field(112, gt=0)
@@ -53,7 +53,7 @@ class HeldOut(Section):
     noise_levels: int = Field(32, ge=4)
     """Grid points over log sigma, each applied to every image of the bundle."""
     gate_pivot: float | None = Field(0.2, gt=0)
-    """Sigma below which the gate sigma^3 / (sigma^3 + pivot^3) fades information out; pin it in comparisons. Null: no gate."""
+    """Sigma below which the gate sigma^3 / (sigma^3 + pivot^3) fades information out; pin it to compare."""
     seed: int = 0
     """Seed of the bundle's images and noise."""
 

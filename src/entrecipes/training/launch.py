@@ -11,6 +11,7 @@ from entrecipes.errors import UserError
 from entrecipes.recipe.load import LoadedRecipe
 from entrecipes.training.loop import train
 from entrecipes.training.publish import publish
+from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import Listener
 
@@ -42,7 +43,7 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
     """
     recipe, folder = loaded.recipe, run_folder(loaded)
     run = Run(recipe, folder, listener)
-    resumed = run.resume()
+    resumed = resume(run)
     if run.accelerator.is_main_process:
         if resumed is None:
             _make_room(folder)

@@ -1,12 +1,19 @@
-"""May a checkpoint be continued under the recipe at hand? What must be equal, and what is only worth a notice."""
+"""What a checkpoint holds, when it may be continued, and how a run goes on from it."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.schema import Recipe
+from entrecipes.training import checkpoint
+
+if TYPE_CHECKING:
+    from entrecipes.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 IDENTITY = ("pipeline.", "data.", "objective.", "noise.", "blocks.", "optimizer.type", "training.seed", "training.ema")
 """Keys that make a run what it is: a change of any is another run."""
@@ -15,6 +22,73 @@ HARMLESS = ("description", "license", "data.num_workers", "data.on_device", "eva
             "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.resume",
             "training.trackers", "training.output", "training.cpu_threads")  # fmt: skip
 """Keys that decide nothing about the weights."""
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Everything that decides anything from here on."""
+    scaler = run.accelerator.scaler
+    return {
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict() if run.ema else {},
+        "optimizer": run.optimizer.optimizer.state_dict(),
+        "noise": run.noise.state_dict(),
+        "blocks": run.blocks.state_dict(),
+        "window": run.window.state_dict(),
+        "run": {
+            "images": run.images,
+            "world_size": run.world_size,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        },
+        "recipe": run.recipe.model_dump(mode="json", by_alias=True),
+    }
+
+
+def resume(run: Run) -> Path | None:
+    """Go on from the checkpoint that `training.resume` means, if there is one.
+
+    Returns:
+        The checkpoint used, or None when the run starts from the beginning.
+
+    Raises:
+        UserError: When the named checkpoint is unusable or belongs to another recipe.
+    """
+    choice = run.recipe.training.resume
+    if choice == "never" or run.folder is None:
+        return None
+    if choice == "auto":
+        found = checkpoint.newest(run.folder / "checkpoints")
+    else:
+        found = Path(choice), checkpoint.load(Path(choice))
+    if found is None:
+        return None
+    path, state = found
+    for notice in check_continues(path, state, run.recipe, run.world_size):
+        logger.warning(notice)
+    _load(run, path, state)
+    run.log.rewind(run.images)
+    return path
+
+
+def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
+    run.images = state["run"]["images"]
+    try:
+        run.model.load_state_dict(state["model"])
+        if run.ema:
+            run.ema.load_state_dict(state["ema"] or state["model"])
+        run.blocks.load_state_dict(state["blocks"])
+        if run.blocks.advance(run.images):
+            run.wrap()
+        run.optimizer.optimizer.load_state_dict(state["optimizer"])
+        run.noise.load_state_dict(state["noise"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: does not fit this recipe's model or optimizer ({reason}); name another checkpoint, or "
+            "training.resume=never"
+        ) from error
+    if run.accelerator.scaler is not None and state["run"]["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["run"]["scaler"])
+    run.window.load_state_dict(state["window"])
 
 
 def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_size: int) -> list[str]:

@@ -1,9 +1,8 @@
-"""A run: everything the loop works on, built from a recipe, saved in checkpoints and brought back from them."""
+"""A run: everything the loop works on, built from a recipe."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -26,15 +25,12 @@ from entrecipes.evaluation.generation import Shard
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.report.plots import save_grid
-from entrecipes.training import checkpoint
+from entrecipes.training import checkpoint, resume
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
-from entrecipes.training.resume import check_continues
 from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
 from entrecipes.training.window import Window
-
-logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -88,7 +84,7 @@ class Run:
         self.window = Window(3, self.device)
         self.optimizer: Any = None
         self.events = self.blocks.advance(0)
-        self._wrap()
+        self.wrap()
         self.log = RunLog(folder, self.accelerator, listener)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, self._shard())
 
@@ -126,7 +122,7 @@ class Run:
             self.model.enable_gradient_checkpointing()
         self.model.train()
 
-    def _wrap(self) -> None:
+    def wrap(self) -> None:
         """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
         if self.optimizer is not None:  # undo accelerate's wrapping, so that it is not applied twice
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
@@ -203,7 +199,7 @@ class Run:
         """Let the block schedule open, close or remove weights; rebuild what depends on them when it did."""
         events = self.blocks.advance(self.images)
         if events:
-            self._wrap()
+            self.wrap()
             for event in events:
                 self.log.write("event", self.images, what=event)
 
@@ -272,17 +268,14 @@ class Run:
                     self.log.write("metric", self.images, **asdict(metric))
 
     def checkpoint_when_due(self, before: int) -> None:
-        """Save everything that decides what happens next."""
-        if self.folder and (self.stop_requested or self.due(self.recipe.training.checkpoint_every, before)):
+        """Save everything that decides what happens next (`training.resume` says what that is)."""
+        training = self.recipe.training
+        if self.folder and (self.stop_requested or self.due(training.checkpoint_every, before)):
             with self.window.paused():
                 self._check_finite(self.window.sums.sum().item())
                 if self.accelerator.is_main_process:
-                    checkpoint.save(
-                        self.folder / "checkpoints",
-                        self.images,
-                        self.state_dict(),
-                        self.recipe.training.keep_checkpoints,
-                    )
+                    folder = self.folder / "checkpoints"
+                    checkpoint.save(folder, self.images, resume.state_of(self), training.keep_checkpoints)
                 self.accelerator.wait_for_everyone()
 
     @property
@@ -293,69 +286,3 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """What every number measured on this model says of it."""
         return {"images": self.images, "training_seed": self.recipe.training.seed, "ema": self.ema is not None}
-
-    # -- saving and resuming ----------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides anything from here on."""
-        scaler = self.accelerator.scaler
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else {},
-            "optimizer": self.optimizer.optimizer.state_dict(),
-            "noise": self.noise.state_dict(),
-            "blocks": self.blocks.state_dict(),
-            "window": self.window.state_dict(),
-            "run": {
-                "images": self.images,
-                "world_size": self.world_size,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            },
-            "recipe": self.recipe.model_dump(mode="json", by_alias=True),
-        }
-
-    def resume(self) -> Path | None:
-        """Go on from the checkpoint that `training.resume` means, if there is one.
-
-        Returns:
-            The checkpoint used, or None when the run starts from the beginning.
-
-        Raises:
-            UserError: When the named checkpoint is unusable or belongs to another recipe.
-        """
-        choice = self.recipe.training.resume
-        if choice == "never" or self.folder is None:
-            return None
-        if choice == "auto":
-            found = checkpoint.newest(self.folder / "checkpoints")
-        else:
-            found = Path(choice), checkpoint.load(Path(choice))
-        if found is None:
-            return None
-        path, state = found
-        for notice in check_continues(path, state, self.recipe, self.world_size):
-            logger.warning(notice)
-        self._load(path, state)
-        self.log.rewind(self.images)
-        return path
-
-    def _load(self, path: Path, state: dict[str, Any]) -> None:
-        self.images = state["run"]["images"]
-        try:
-            self.model.load_state_dict(state["model"])
-            if self.ema:
-                self.ema.load_state_dict(state["ema"] or state["model"])
-            self.blocks.load_state_dict(state["blocks"])
-            if self.blocks.advance(self.images):
-                self._wrap()
-            self.optimizer.optimizer.load_state_dict(state["optimizer"])
-            self.noise.load_state_dict(state["noise"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{path}: does not fit this recipe's model or optimizer ({reason}); name another checkpoint, or "
-                "training.resume=never"
-            ) from error
-        if self.accelerator.scaler is not None and state["run"]["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["run"]["scaler"])
-        self.window.load_state_dict(state["window"])
