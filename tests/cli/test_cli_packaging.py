@@ -30,10 +30,14 @@ def test_the_wheel_holds_every_recipe_and_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w"]
     subprocess.run([*command, str(tmp_path), str(source)], check=True, timeout=120)
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    recipes = {f"entrecipes/recipes/{path.relative_to(RECIPES)}" for path in RECIPES.rglob("*") if path.is_file()}
+    recipes = {
+        f"entrecipes/recipes/{path.relative_to(RECIPES)}"
+        for path in RECIPES.rglob("*")
+        if path.suffix in (".yaml", ".md")
+    }
     modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/entrecipes").rglob("*.py")}
     modules |= {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/entrecipes").rglob("*.jinja")}
-    assert {path for path in recipes if path.endswith((".yaml", ".md"))} and recipes <= held
+    assert recipes and recipes <= held
     assert {path for path in modules if "/recipes/" not in path} <= held
 
 
