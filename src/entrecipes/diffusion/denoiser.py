@@ -33,7 +33,7 @@ class Denoiser:
             The network's prediction and its target, both [n, C, H, W] in the network's own prediction space.
         """
         noisy = self.path.add_noise(x0, noise, log_sigma)
-        timestep = self.path.timestep(log_sigma).to(x0.dtype)
+        timestep = self.path.timestep(log_sigma).float()
         prediction = self.family.predict(self.model, self.path.network_input(noisy, log_sigma), timestep, labels)
         return prediction, self.path.target(x0, noise, log_sigma)
 

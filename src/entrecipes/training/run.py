@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from entrecipes.data.loader import Batch, batches
@@ -58,7 +58,7 @@ class Run:
             project_dir=folder,
         )
         self.device = self.accelerator.device
-        self._check_batch_size()
+        self._check_processes()
 
         self.components = load_components(recipe.pipeline, training.seed)
         self.data = open_data(recipe.data, self.components, self.device)
@@ -95,7 +95,14 @@ class Run:
         """Processes that train together."""
         return self.accelerator.num_processes
 
-    def _check_batch_size(self) -> None:
+    def _check_processes(self) -> None:
+        """Refuse a launch that would go wrong silently, and a batch that can't be shared out."""
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise UserError(
+                f"{kind.value}: the averaged model and exact checkpoints are not written for sharded weights yet; launch "
+                "with recipes/accelerate/ddp.yaml, or on one process"
+            )
         training, launched = self.recipe.training, int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world_size:
             raise UserError(
