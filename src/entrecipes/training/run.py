@@ -100,8 +100,8 @@ class Run:
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise UserError(
-                f"{kind.value}: the averaged model and exact checkpoints are not written for sharded weights yet; launch "
-                "with recipes/accelerate/ddp.yaml, or on one process"
+                f"{kind.value}: the averaged model and exact checkpoints are not written for sharded weights yet; "
+                "launch with recipes/accelerate/ddp.yaml, or on one process"
             )
         training, launched = self.recipe.training, int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world_size:
