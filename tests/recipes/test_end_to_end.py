@@ -159,3 +159,19 @@ def test_a_users_mistakes_exit_with_2_and_one_message(tmp_path):
         "run", write(tmp_path, tiny()), "training.resume=nowhere/images-1", f"training.output={tmp_path}/x"
     )
     assert done.returncode == 2 and "nowhere/images-1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on(tmp_path):
+    recipe, folder = write(tmp_path, tiny(training={"images": 3200, "checkpoint_every": None})), tmp_path / "run"
+    command = [sys.executable, "-m", "entrecipes", "run", str(recipe), f"training.output={folder}"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while '"kind": "train"' not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in error and "Traceback" not in error
+    stopped = int(next(folder.glob("checkpoints/images-*")).name.split("-")[1])
+    done = entrecipes("run", recipe, f"training.output={folder}", f"training.images={stopped + 160}")
+    assert done.returncode == 0, done.stderr
+    assert [row["images"] for row in rows(folder, "start")] == [0, stopped]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("run")] == ["run"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.load import LoadedRecipe
+from entrecipes.training.checkpoint import listed
 from entrecipes.training.loop import train
 from entrecipes.training.publish import publish
 from entrecipes.training.resume import resume
@@ -45,9 +47,9 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
     run = Run(recipe, folder, listener)
     resumed = resume(run)
     if run.accelerator.is_main_process:
-        if resumed is None:
-            _make_room(folder)
         try:
+            if resumed is None:
+                _make_room(folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(loaded.resolved_yaml())
             (folder / "recipe.source.yaml").write_text(loaded.text)
@@ -68,33 +70,37 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
 
 
 def _make_room(folder: Path) -> None:
-    """Move what an earlier run left aside, so that nothing is mixed and nothing is lost."""
-    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+    """Move an earlier run that left anything of worth aside: nothing is mixed, nothing is lost."""
+    if listed(folder / "checkpoints") or (folder / "pipeline").exists():
         number = 1
         while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
             number += 1
         folder.rename(aside)
         logger.warning("%s held an earlier run, which is now %s", folder, aside)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
-class _stopping_at_signals:
-    """Turn the first SIGINT or SIGTERM into a stop after the current step. Several processes are left alone: they would
-    not stop at the same step, so their launcher ends them and the last checkpoint holds."""
+@contextlib.contextmanager
+def _stopping_at_signals(run: Run) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a stop after the current step; a second one stops at once.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.previous: dict[signal.Signals, Callable | int | None] = {}
+    Several processes are left alone: they would not stop at the same step, so their launcher ends them and the last
+    checkpoint holds.
+    """
+    names = (signal.SIGINT, signal.SIGTERM) if run.world_size == 1 else ()
+    previous = {name: signal.getsignal(name) for name in names}
 
-    def __enter__(self) -> None:
-        if self.run.world_size == 1:
-            for name in (signal.SIGINT, signal.SIGTERM):
-                self.previous[name] = signal.signal(name, self._stop)
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self.previous.items():
+    def restore() -> None:
+        for name, handler in previous.items():
             signal.signal(name, handler)
 
-    def _stop(self, number: int, frame: object) -> None:
-        self.run.stop_requested = True
-        for name, handler in self.previous.items():  # a second signal stops at once
-            signal.signal(name, handler)
+    def stop(number: int, frame: object) -> None:
+        run.stop_requested = True
+        restore()
+
+    for name in names:
+        signal.signal(name, stop)
+    try:
+        yield
+    finally:
+        restore()
