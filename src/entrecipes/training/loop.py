@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from entrecipes.data.loader import Batch
 from entrecipes.training.optimizer import learning_rate, set_learning_rate
+from entrecipes.training.resume import checkpoint_when_due
 from entrecipes.training.run import Run
 
 
@@ -18,7 +19,7 @@ def train(run: Run) -> None:
         step(run, batches)
         run.log_when_due(before)
         run.measure_when_due(before)
-        run.checkpoint_when_due(before)
+        checkpoint_when_due(run, before)
 
 
 def step(run: Run, batches: Iterator[Batch]) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
-
-if TYPE_CHECKING:
-    from entrecipes.training.run import Run
+from entrecipes.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +20,21 @@ HARMLESS = ("description", "license", "data.num_workers", "data.on_device", "eva
             "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.resume",
             "training.trackers", "training.output", "training.cpu_threads")  # fmt: skip
 """Keys that decide nothing about the weights."""
+
+
+def checkpoint_when_due(run: Run, before: int) -> None:
+    """Save everything that decides what happens next, on the recipe's cadence, at the end and when asked to stop.
+
+    Raises:
+        UserError: When the loss has diverged, or the checkpoint can't be written.
+    """
+    training = run.recipe.training
+    if run.folder and (run.stop_requested or run.due(training.checkpoint_every, before)):
+        with run.window.paused():
+            run.check_finite(run.window.sums.sum().item())
+            if run.accelerator.is_main_process:
+                checkpoint.save(run.folder / "checkpoints", run.images, state_of(run), training.keep_checkpoints)
+            run.accelerator.wait_for_everyone()
 
 
 def state_of(run: Run) -> dict[str, Any]:

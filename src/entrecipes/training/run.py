@@ -25,7 +25,6 @@ from entrecipes.evaluation.generation import Shard
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.report.plots import save_grid
-from entrecipes.training import checkpoint, resume
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
@@ -224,7 +223,7 @@ class Run:
             return
         window, training = self.window, self.recipe.training
         loss, x0_error, grad_norm = self.accelerator.reduce(window.sums / window.steps, "mean").tolist()
-        self._check_finite(loss)
+        self.check_finite(loss)
         window.stop_clock()
         values = {
             "loss": loss,
@@ -238,7 +237,8 @@ class Run:
         self.log.write("train", self.images, **values)
         window.clear()
 
-    def _check_finite(self, loss: float) -> None:
+    def check_finite(self, loss: float) -> None:
+        """Stop a run whose loss (or sum of losses) is no number any more. Raises UserError."""
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} within the {self.window.steps} steps before image {self.images}. The "
@@ -273,17 +273,6 @@ class Run:
             if self.due(evaluation.metrics_every, before):
                 for metric in self.evaluator.metrics(self.eval_model, self.origin()):
                     self.log.write("metric", self.images, **asdict(metric))
-
-    def checkpoint_when_due(self, before: int) -> None:
-        """Save everything that decides what happens next (`training.resume` says what that is)."""
-        training = self.recipe.training
-        if self.folder and (self.stop_requested or self.due(training.checkpoint_every, before)):
-            with self.window.paused():
-                self._check_finite(self.window.sums.sum().item())
-                if self.accelerator.is_main_process:
-                    folder = self.folder / "checkpoints"
-                    checkpoint.save(folder, self.images, resume.state_of(self), training.keep_checkpoints)
-                self.accelerator.wait_for_everyone()
 
     @property
     def eval_model(self) -> Any:
