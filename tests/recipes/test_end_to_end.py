@@ -144,10 +144,12 @@ def test_two_processes_follow_the_curve_of_one_and_resume(tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
     resumed = tmp_path / "resumed"
-    done = launch(recipe, resumed, "training.images=160")
-    assert done.returncode == 0, done.stderr
-    done = launch(recipe, resumed)
-    assert done.returncode == 0, done.stderr
+    for images in (160, 320):  # the same launch, spelled the short way
+        changed = [f"training.output={resumed}", f"training.images={images}"]
+        done = entrecipes("run", recipe, *changed, "--accelerate", "ddp")
+        assert done.returncode == 0, done.stderr
+    assert [row["images"] for row in rows(resumed, "start")] == [0, 160]
+    assert {row["world_size"] for row in rows(resumed, "start")} == {2}
     assert [row["loss"] for row in rows(resumed, "train")] == pytest.approx(losses[1], abs=1e-6)
 
 
