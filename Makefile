@@ -2,7 +2,8 @@
 #
 # VENV         the environment that is made and used; `make VENV= PYTHON=python` uses an environment of your own as it is
 # PYTHON       the interpreter the environment is made from
-# TORCH        what pip installs first; skipped where torch can be imported already
+# TORCH        what pip installs first; skipped where torch can be imported already. Where PyTorch's default wheel is the
+#              CUDA build (several GB) and there is no GPU: TORCH='torch==2.13.0 --index-url <PyTorch's CPU index>'
 # SYSTEM_SITE  1: the environment also sees the interpreter's own packages, such as its torch
 VENV ?= .venv
 PYTHON ?= python3

@@ -360,12 +360,11 @@ def test_a_key_without_effect_is_warned_of(write, text: str, expected: str) -> N
 def test_data_keys_without_effect_are_warned_of(write) -> None:
     idle = "shuffle_buffer: 5, on_device: always, num_workers: 1, label_column: null, held_out: 0"
     data = f"data: {{type: hub, id: a/b, {idle}}}\n"
-    text = GOOD.replace("data:\n  type: digits\n", data) + "  label_dropout: 0.1\nevaluation: {every: 1k}\n"
+    text = GOOD.replace("data:\n  type: digits\n", data) + "  label_dropout: 0.1\n"
     assert [warning.split(": ")[1] for warning in load(write(text)).warnings] == [
         "data.num_workers",
         "data.shuffle_buffer",
         "training.label_dropout",
-        "evaluation.every",
     ]
 
 

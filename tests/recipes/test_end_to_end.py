@@ -132,7 +132,7 @@ def launch(recipe: Path, folder: Path, *overrides: str) -> subprocess.CompletedP
 
 
 def test_two_processes_follow_the_curve_of_one_and_resume(tmp_path):
-    recipe = write(tmp_path, tiny(STILL, training={"images": 320, "checkpoint_every": 160}))
+    recipe = write(tmp_path, tiny(STILL, training={"images": 320, "checkpoint_every": 144}))
     one, two = tmp_path / "one", tmp_path / "two"
     done = entrecipes("run", recipe, f"training.output={one}")
     assert done.returncode == 0, done.stderr
@@ -142,15 +142,21 @@ def test_two_processes_follow_the_curve_of_one_and_resume(tmp_path):
     losses = [[row["loss"] for row in rows(folder, "train")] for folder in (one, two)]
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    nats = [[row["nats"] for row in rows(folder, "held_out")] for folder in (one, two)]
+    assert nats[1] == pytest.approx(nats[0], rel=1e-4) and nats[1][-1] < nats[1][0], "the average must move in both"
 
-    resumed = tmp_path / "resumed"
-    for images in (160, 320):  # the same launch, spelled the short way
-        changed = [f"training.output={resumed}", f"training.images={images}"]
-        done = entrecipes("run", recipe, *changed, "--accelerate", "ddp")
+    coarse = write(
+        tmp_path, tiny(STILL, training={"images": 160, "checkpoint_every": 112, "log_every": 80}), "coarse.yaml"
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder, images in ((whole, 160), (resumed, 112), (resumed, 160)):  # 112: in the middle of a log window
+        changed = [f"training.output={folder}", f"training.images={images}"]
+        done = entrecipes("run", coarse, *changed, "--accelerate", "ddp")  # the same launch, spelled the short way
         assert done.returncode == 0, done.stderr
-    assert [row["images"] for row in rows(resumed, "start")] == [0, 160]
+        assert done.stdout.count("Done:") == 1, "of several processes one speaks"
+    assert [row["images"] for row in rows(resumed, "start")] == [0, 112]
     assert {row["world_size"] for row in rows(resumed, "start")} == {2}
-    assert [row["loss"] for row in rows(resumed, "train")] == pytest.approx(losses[1], abs=1e-6)
+    assert rows(resumed, "train")[-1]["loss"] == pytest.approx(rows(whole, "train")[-1]["loss"], abs=1e-6)
 
 
 def test_a_users_mistakes_exit_with_2_and_one_message(tmp_path):

@@ -37,7 +37,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(run_folder: Path) -> None:
         ("run.json", '{"name": "x"}', "run", r"run\.json: description, license, .* missing"),
         ("run.json", "[]", "run", r"run\.json: name, .* missing"),
         ("recipe.source.yaml", None, "recipe_text", r"recipe\.source\.yaml: not there"),
-        ("recipe.yaml", "a: [1,\nb: }", "recipe", r"recipe\.yaml:2: no valid YAML"),
+        ("recipe.yaml", "a: [1,\nb: }", "recipe", r"recipe\.yaml:2: not valid YAML"),
         ("recipe.yaml", b"\xff\xfe\x00", "recipe", r"recipe\.yaml:1: not UTF-8 text"),
     ],
 )

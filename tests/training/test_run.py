@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import DIT, EDM, FLOW, UNET, tiny_recipe
 
 from entrecipes.errors import UserError
+from entrecipes.training import checkpoint
 from entrecipes.training.loop import step, train
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
@@ -30,12 +32,27 @@ def assert_equal(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize(
-    "noise", [{"type": "log_normal"}, {"type": "loss_aware", "bins": 4, "history": 2, "refresh_every": 32}]
-)
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, noise):
+CHANGES = {
+    "plain": {},
+    "loss-aware": {"noise": {"type": "loss_aware", "bins": 4, "history": 2, "refresh_every": 32}},
+    "channels last": {"training": {"channels_last": True}},
+    "8-bit": {"optimizer": {"type": "adamw8bit"}},
+    "no average": {"training": {"ema": None}},
+    "bf16, accumulated": {"training": {"precision": "bf16", "micro_batch_size": 8}},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its precision for the life of the process; each test starts anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, change):
     """Weights (with dropout in the model), EMA, logged losses and held-out nats equal those of an uninterrupted run."""
-    recipe = tiny_recipe(noise=noise)
+    recipe = tiny_recipe(**CHANGES[change])
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole = Run(recipe, tmp_path / "whole")
@@ -50,7 +67,8 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, noise):
     train(rest)
 
     assert_equal(weights(whole), weights(rest))
-    assert_equal(whole.ema.state_dict(), rest.ema.state_dict())
+    if whole.ema:
+        assert_equal(whole.ema.state_dict(), rest.ema.state_dict())
     assert rows(tmp_path / "whole", "train") == rows(tmp_path / "parts", "train")
     assert rows(tmp_path / "whole", "held_out") == rows(tmp_path / "parts", "held_out")
 
@@ -158,3 +176,53 @@ def test_what_does_not_fit_is_said_before_training():
         Run(tiny_recipe(DIT, EDM), None)
     with pytest.raises(UserError, match="did you mean 'EDMEulerScheduler'"):
         Run(tiny_recipe(UNET, {"class": "EDMEulerSheduler"}), None)
+
+
+def test_autocast_outlives_a_change_of_the_trained_set():
+    blocks = {"type": "staged", "stages": [{"train": ["*"]}, {"from_images": 32, "train": ["up_blocks.*"]}]}
+    run = Run(tiny_recipe(blocks=blocks, training={"precision": "bf16"}), None)
+    seen = []
+    run.model.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batches = run.batches()
+    for _ in range(4):
+        step(run, batches)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_samples_are_drawn_without_dropout_also_without_an_average():
+    run = Run(tiny_recipe(training={"ema": None}), None)
+    first, second = (run.evaluator.grid(run.eval_model)[0] for _ in range(2))
+    assert torch.equal(first, second) and run.model.training
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
+    recipe = tiny_recipe(training={"images": 96, "checkpoint_every": 32, "keep_checkpoints": 5})
+    train(Run(recipe, tmp_path))
+    older = tmp_path / "checkpoints/images-000000000032"
+    again = Run(tiny_recipe(training={"images": 96, "checkpoint_every": 32, "resume": str(older)}), tmp_path)
+    resume(again)
+    assert [path.name for path in checkpoint.listed(tmp_path / "checkpoints")] == [older.name]
+    train(again)
+    assert checkpoint.newest(tmp_path / "checkpoints")[0].name == "images-000000000096"
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler", "sections", "message"),
+    [
+        ({"out_channels": 3}, EDM, {}, "in_channels, out_channels"),
+        ({"sample_size": None}, EDM, {}, "sample_size"),
+        ({"sample_size": 9}, EDM, {}, "does not work in ConsistencyModelPipeline"),
+        ({}, EDM, {"evaluation": {"guidance_scale": 3.0}}, "guidance_scale"),
+        (
+            {},
+            EDM,
+            {"evaluation": {"metrics": ["kid"], "features": {"type": "transformers", "id": "/nowhere"}}},
+            "nowhere",
+        ),
+        ({}, {"class": "DDIMScheduler"}, {"evaluation": {"steps": 2000}}, "2000|steps"),
+    ],
+)
+def test_what_would_only_fail_at_the_end_fails_at_the_start(model, scheduler, sections, message):
+    recipe = tiny_recipe({**UNET, "config": {**UNET["config"], **model}}, scheduler, **sections)
+    with pytest.raises(UserError, match=message):
+        Run(recipe, None)

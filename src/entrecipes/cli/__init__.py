@@ -40,17 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = _module(verb)
         return module.run(_parse(module, verb, rest))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _mistake(error)
+    except OSError as error:  # a full disk, a folder without permission, a file that is none
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it at exit
+            return 0
+        return _mistake(f"{error.filename or 'writing'}: {error.strerror or error}; mend that, or choose another place")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush into it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as stop:  # argparse, after its own message
         return int(stop.code or 0)
+
+
+def _mistake(message: object) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
+    return 2
 
 
 def _module(verb: str) -> ModuleType:

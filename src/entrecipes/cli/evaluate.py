@@ -31,19 +31,20 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from entrecipes.data.opening import open_data
-    from entrecipes.diffusion.pipelines import load_components
+    from entrecipes.diffusion.pipelines import best_device, load_components
     from entrecipes.evaluation.evaluator import Evaluator
     from entrecipes.evaluation.generation import Shard
     from entrecipes.recipe.pipeline import Pipeline
 
     if recipe.training.cpu_threads:
         torch.set_num_threads(recipe.training.cpu_threads)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best_device()
     components = load_components(Pipeline(pretrained=args.pipeline))
     model = components.model.to(device).eval()
     data = open_data(recipe.data, components, device)
     evaluator = Evaluator(recipe.evaluation, components, data, device, Shard())
-    metrics = evaluator.metrics(model, {})
+    evaluator.check(model)
+    metrics = evaluator.metrics(model, evaluator.nats(model), {})
     width = max(len(metric.name) for metric in metrics)
     for metric in metrics:
         spread = f" ± {metric.spread:.3g}" if metric.spread is not None else ""

@@ -29,18 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
-    import torch
-
     from entrecipes.diffusion.families import family_of_pipeline
-    from entrecipes.diffusion.pipelines import load_pipeline
+    from entrecipes.diffusion.pipelines import best_device, load_pipeline
     from entrecipes.evaluation.generation import generate
     from entrecipes.report.plots import save_grid
 
-    if args.count < 1 or args.steps < 1:
-        raise UserError("--count and --steps must be at least 1")
+    if min(args.count, args.steps, args.batch_size) < 1:
+        raise UserError("--count, --steps and --batch-size must be at least 1")
+    if args.output.suffix != ".png":
+        raise UserError(f"--output {args.output}: the grid is a PNG; name it {args.output.with_suffix('.png')}")
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(torch.accelerator.current_accelerator() or "cpu")
+    pipeline.to(best_device())
     family = family_of_pipeline(pipeline)
     if args.guidance_scale != 1 and not family.guidance:
         raise UserError(f"--guidance-scale: {type(pipeline).__name__} has no guidance; leave it out")

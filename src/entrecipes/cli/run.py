@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
     loaded = load(args.recipe, args.overrides)
-    for warning in loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     if args.accelerate:
         return _through_accelerate(args)
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
+    for warning in loaded.warnings if speaks else ():
+        print(f"warning: {warning}", file=sys.stderr)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("entrecipes").setLevel(logging.INFO)
-    return _dry_run(loaded) if args.dry_run else _train(loaded)
+    return _dry_run(loaded, speaks) if args.dry_run else _train(loaded, speaks)
 
 
 def _through_accelerate(args: argparse.Namespace) -> int:
@@ -61,17 +63,17 @@ def _through_accelerate(args: argparse.Namespace) -> int:
     return subprocess.call([*command, args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
 
 
-def _train(loaded: LoadedRecipe) -> int:
-    from entrecipes.training.launch import Interrupted, run_folder, run_recipe
+def _train(loaded: LoadedRecipe, speaks: bool) -> int:
+    from entrecipes.training.launch import Interrupted, run_recipe
 
-    show = _Progress(loaded) if sys.stdout.isatty() else _print_row
+    show = _Progress(loaded) if speaks and sys.stdout.isatty() else _print_row
     try:
         folder = run_recipe(loaded, listener=show)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
-    assert folder == run_folder(loaded)
-    _print_ending(folder)
+    if speaks:
+        _print_ending(folder)
     return 0
 
 
@@ -89,7 +91,9 @@ class _Progress:
         self.bar = tqdm(total=loaded.recipe.training.images, unit="img", unit_scale=True, dynamic_ncols=True)
 
     def __call__(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "train":
+        if row["kind"] == "start":
+            self.bar.initial = self.bar.n = row["images"]
+        elif row["kind"] == "train":
             self.bar.update(min(row["images"], self.bar.total) - self.bar.n)
             self.bar.set_postfix(loss=f"{row['loss']:.4f}", peak=f"{row['peak_memory_gib']:.2f}GiB")
             if row["images"] >= self.bar.total:
@@ -118,10 +122,12 @@ def _print_ending(folder: Path) -> None:
     print(snippet(facts, str(folder / "pipeline")))
 
 
-def _dry_run(loaded: LoadedRecipe) -> int:
+def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
     from entrecipes.training.dry_run import dry_run
 
     estimate = dry_run(loaded.recipe)
+    if not speaks:
+        return 0
     minutes = estimate.training_seconds / 60
     held = f"{estimate.weights_gib:.3f} GiB weights, gradients, optimizer and average"
     for what, value in {

@@ -95,7 +95,10 @@ class Order:
             permutation = np.random.default_rng([self.seed, number, 0]).permutation(self.count)
             mirrored = np.random.default_rng([self.seed, number, 1]).random(self.count) < 0.5
             self._epochs = {old: self._epochs[old] for old in self._epochs if old == number - 1}
-            self._epochs[number] = tuple(torch.from_numpy(a).to(self.device) for a in (permutation, mirrored))
+            parts = (torch.from_numpy(part) for part in (permutation, mirrored))
+            if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
+                parts = (part.pin_memory() for part in parts)
+            self._epochs[number] = tuple(part.to(self.device, non_blocking=True) for part in parts)
         return self._epochs[number]
 
     def at(self, start: int, count: int) -> tuple[Tensor, Tensor]:

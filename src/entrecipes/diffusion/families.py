@@ -54,6 +54,13 @@ class Family(ABC):
     def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
         """Adjust a fresh or loaded model to our trainer; nothing by default."""
 
+    def check_vae(self, model: ModelMixin, vae: ModelMixin | None) -> None:
+        """Refuse a VAE that the stock pipeline can't carry (here: any). Raises `UserError`."""
+        if vae is not None:
+            raise UserError(
+                f"pipeline.build.vae: {self.pipeline_class.__name__} has no VAE; leave it out, or take a DiT"
+            )
+
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Refuse a scheduler that the stock pipeline can't sample with, before any training.
 
@@ -148,6 +155,15 @@ class DiT(Family):
                 "but DiTPipeline always starts from 1; take a VP scheduler such as DDIMScheduler, or "
                 "DPMSolverMultistepScheduler with use_flow_sigmas: true."
             )
+
+    def check_vae(self, model: ModelMixin, vae: ModelMixin | None) -> None:
+        if vae is not None and vae.config.latent_channels != model.config.in_channels:
+            raise UserError(
+                f"pipeline.build.model.config.in_channels: {model.config.in_channels}, but the VAE's latents have "
+                f"{vae.config.latent_channels} channels"
+            )
+        if vae is not None and vae.config.shift_factor:
+            raise UserError("pipeline.build.vae: DiTPipeline decodes without the VAE's shift_factor; take another VAE")
 
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
         vae = vae or build_pixel_vae(model.config.in_channels, model.config.sample_size)

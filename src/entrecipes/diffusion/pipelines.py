@@ -50,6 +50,12 @@ class Components:
         return self.model.config.sample_size * factor
 
 
+def best_device() -> torch.device:
+    """The CUDA or XPU device of this process, else the CPU (Apple's GPU lacks float64, which noise levels need)."""
+    found = torch.accelerator.current_accelerator()
+    return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
+
+
 def load_components(section: Pipeline, seed: int = 0) -> Components:
     """Build or load what `pipeline:` names, on the CPU.
 
@@ -76,6 +82,9 @@ def load_components(section: Pipeline, seed: int = 0) -> Components:
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
         vae = _from_hub(AutoencoderKL, build.vae, build.vae_revision) if build.vae else None
+    if not isinstance(model.config.sample_size, int):
+        raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
+    family.check_vae(model, vae)
     family.check_scheduler(scheduler)
     family.prepare_for_training(model, from_scratch=section.pretrained is None)
     if vae is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,55 +42,97 @@ class Evaluator:
         self._bundles: dict[str, HeldOutBundle] = {}
         self._extractor: Any = None
 
+    def check(self, model: ModelMixin) -> None:
+        """Sample two images as `evaluation:` says but in one step, and load the feature extractor, before any training.
+
+        Raises:
+            UserError: For a model, scheduler or extractor that training would only stumble over at its end.
+        """
+        section, family = self.section, self.components.family
+        pipeline = family.pipeline_class.__name__
+        if section.guidance_scale != 1 and not family.guidance:
+            raise UserError(f"evaluation.guidance_scale: {pipeline} has no guidance; remove the key")
+        real = next(iter(self.splits.values()))
+        if section.metrics and section.reference not in self.splits:
+            raise UserError("evaluation.reference: a stream can't be drawn from; take held_out, with data.held_out")
+        images = self._x0(real, 2)
+        try:
+            type(self.components.scheduler).from_config(self.components.scheduler.config).set_timesteps(section.steps)
+            with _evaluating(model), torch.no_grad():
+                denoiser = Denoiser(model, family, self.components.path)
+                level = torch.zeros(len(images[0]), device=self.device)
+                prediction, target = denoiser(images[0], torch.zeros_like(images[0]), level, images[1])
+                samples = self.samples(model, 2, steps=1)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a config that diffusers accepts leads to: said now rather than at the end
+            raise UserError(f"pipeline: this model does not work in {pipeline}: {error}") from error
+        size, channels = self.components.image_size, self.components.channels
+        if prediction.shape != target.shape or samples.shape[1:] != (channels, size, size):
+            raise UserError(
+                f"pipeline: the model predicts {list(prediction.shape[1:])} for {list(target.shape[1:])} and samples "
+                f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
+            )
+        if section.metrics:
+            self._extractor = build("features", section.features, device=self.device)
+
     # -- denoising --------------------------------------------------------------------------------------------------
 
-    def held_out(self, model: ModelMixin, split: str) -> HeldOutResult:
-        """The denoising error per noise level and the nats of `model` on the fixed bundle of a split."""
-        if split not in self._bundles:
-            self._bundles[split] = self._bundle(self.splits[split])
-        denoiser = Denoiser(model, self.components.family, self.components.path)
-        training = model.training
-        model.eval()
-        try:
-            return self._bundles[split].measure(denoiser.x0_error, batch_size=self.section.batch_size, shard=self.shard)
-        finally:
-            model.train(training)
+    def nats(self, model: ModelMixin) -> dict[str, HeldOutResult]:
+        """The denoising error per noise level and the nats of `model` on the fixed bundle of each split.
 
-    def held_out_row(self, model: ModelMixin) -> dict[str, Any]:
-        """A log row: the nats of the held-out and the training bundle side by side, and the profile of the former."""
-        started = time.perf_counter()
-        results = {split: self.held_out(model, split) for split in self.splits}
+        Raises:
+            UserError: When they are not finite.
+        """
+        denoiser = Denoiser(model, self.components.family, self.components.path)
+        results = {}
+        for split, images in self.splits.items():
+            if split not in self._bundles:
+                self._bundles[split] = self._bundle(images)
+            with _evaluating(model):
+                bundle = self._bundles[split]
+                results[split] = bundle.measure(denoiser.x0_error, self.section.batch_size, self.shard)
+            results[split].to_metric()  # refuses what is not finite
+        return results
+
+    def nats_row(self, results: dict[str, HeldOutResult]) -> dict[str, Any]:
+        """A log row: the profile of the first split, and the nats of the training bundle beside it."""
         split, first = next(iter(results.items()))
-        row = first.to_row() | {"split": split, "train_nats": results["train"].nats if "train" in results else None}
-        return row | {"seconds": time.perf_counter() - started}
+        train = results["train"].nats if "train" in results else None
+        return first.to_row() | {"split": split, "train_nats": train}
 
     def _bundle(self, images: ImageSet) -> HeldOutBundle:
-        section = self.section.held_out
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(section.seed))
-        chosen = order[: section.images].tolist()
-        x0 = self.data.space.encode(torch.stack([images.image(i) for i in chosen]).to(self.device))
-        labels = images.labels[chosen].to(self.device) if images.labels is not None else None
-        return HeldOutBundle(section, x0, labels, self.components.path)
+        x0, labels = self._x0(images, self.section.held_out.images, self.section.held_out.seed)
+        return HeldOutBundle(self.section.held_out, x0, labels, self.components.path)
+
+    def _x0(self, images: ImageSet, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Clean images or latents and their labels, drawn by the seed, on the device."""
+        drawn, indices = draw(images, count, seed)
+        labels = images.labels[indices].to(self.device) if images.labels is not None else None
+        return self.data.space.encode(drawn.to(self.device)), labels
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
-    def samples(self, model: ModelMixin, count: int, labels: list[int] | None = None) -> Tensor:
+    def samples(
+        self, model: ModelMixin, count: int, labels: list[int] | None = None, steps: int | None = None
+    ) -> Tensor:
         """uint8 images [count, C, H, W] on the CPU from the stock pipeline around `model`, classes in turn."""
         section, num_classes = self.section, self.data.num_classes
         if labels is None and num_classes:
             labels = balanced_labels(count, num_classes)
         pipeline = self.components.pipeline(model).to(self.device)
-        return generate(
-            pipeline,
-            self.components.family,
-            labels,
-            count,
-            steps=section.steps,
-            guidance_scale=section.guidance_scale,
-            seed=section.seed,
-            batch_size=section.batch_size,
-            shard=self.shard,
-        )
+        with _evaluating(model):
+            return generate(
+                pipeline,
+                self.components.family,
+                labels,
+                count,
+                steps=steps or section.steps,
+                guidance_scale=section.guidance_scale,
+                seed=section.seed,
+                batch_size=section.batch_size,
+                shard=self.shard,
+            )
 
     def grid(self, model: ModelMixin) -> tuple[Tensor, int]:
         """Images for the sample grid, row by row, and its number of columns (one a class, at most ten)."""
@@ -97,31 +140,30 @@ class Evaluator:
         labels = balanced_labels(columns * self.section.grid, columns) if self.data.num_classes else None
         return self.samples(model, columns * self.section.grid, labels), columns
 
-    def metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
+    def metrics(self, model: ModelMixin, nats: dict[str, HeldOutResult], origin: dict[str, Any]) -> list[Metric]:
         """The held-out nats and the recipe's sample-based metrics, each with where it comes from.
 
         Args:
             model: The weights to measure, on the device.
+            nats: What `nats` gave for them.
             origin: What the caller knows of them (images seen, training seed, whether they are averaged).
         """
-        section = self.section
-        split = next(iter(self.splits))
+        split, first = next(iter(nats.items()))
         about = origin | {"data": self.data.images.train.name}
-        nats = self.held_out(model, split).to_metric(about | {"split": split})
-        return [nats, *self._sample_metrics(model, about)] if section.metrics else [nats]
+        metric = first.to_metric(about | {"split": split})
+        return [metric, *self._sample_metrics(model, about)] if self.section.metrics else [metric]
 
     def _sample_metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
         section = self.section
         fake = self.samples(model, section.samples)
         real = self.data.images.train if section.reference == "train" else self.data.images.held_out
-        count = min(section.reference_samples or section.samples, len(real))
-        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(section.seed))[:count]
+        count = section.reference_samples or section.samples
         if self._extractor is None:
             self._extractor = build("features", section.features, device=self.device)
         return compare(
             section.metrics,
             self._extractor,
-            (torch.stack([real.image(i) for i in part.tolist()]) for part in order.split(section.batch_size)),
+            draw(real, count, section.seed)[0],
             fake,
             batch_size=section.batch_size,
             seed=section.seed,
@@ -135,3 +177,35 @@ class Evaluator:
             },
             real_fingerprint=f"{real.fingerprint}-{section.seed}-{count}",
         )
+
+
+def draw(images: ImageSet, count: int, seed: int) -> tuple[Tensor, list[int]]:
+    """Up to `count` images [n, ...], drawn by the seed, and their indices; unreadable ones are passed over.
+
+    Raises:
+        UserError: When more are unreadable than the recipe tolerates.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn, indices, bad = [], [], 0
+    for index in order:
+        if len(drawn) == count:
+            break
+        try:
+            drawn.append(images.image(index))
+            indices.append(index)
+        except UserError:
+            bad += 1
+            if bad > images.max_bad_images:
+                raise
+    return torch.stack(drawn), indices
+
+
+@contextlib.contextmanager
+def _evaluating(model: ModelMixin) -> Iterator[None]:
+    """Dropout and the like off; afterwards the model is as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

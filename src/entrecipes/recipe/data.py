@@ -19,7 +19,7 @@ class ImageData(Section):
     """1 for grey, 3 for colour; null: what the model takes."""
     held_out: float = Field(0.1, ge=0, lt=1)
     """Share of the images kept from training and used for evaluation."""
-    split_seed: int = 0
+    split_seed: int = Field(0, ge=0)
     """Seed of the train/held-out split (independent of the training seed, so that seeds share one held-out set)."""
     horizontal_flip: bool = False
     """Mirror each training image with probability one half."""

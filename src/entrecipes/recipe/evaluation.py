@@ -54,7 +54,7 @@ class HeldOut(Section):
     """Grid points over log sigma, each applied to every image of the bundle."""
     gate_pivot: float | None = Field(0.2, gt=0)
     """Sigma below which the gate sigma^3 / (sigma^3 + pivot^3) fades information out; pin it to compare."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the bundle's images and noise."""
 
 
@@ -83,7 +83,7 @@ class Evaluation(Section):
     """Classifier-free guidance scale; 1 is off."""
     batch_size: PositiveCount = 250
     """Images generated or embedded at a time."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the generated images."""
     grid: int = Field(8, ge=1)
     """Rows of the sample grid (one column a class, at most 10)."""

@@ -53,6 +53,3 @@ def _measuring(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not recipe.evaluation.metrics:
         for key in _METRIC_KEYS:
             yield f"evaluation.{key}", "while evaluation.metrics is empty"
-    if not recipe.data.held_out and not getattr(recipe.data, "held_out_split", None):
-        for key in ("held_out", "every"):
-            yield f"evaluation.{key}", "while data.held_out is 0"

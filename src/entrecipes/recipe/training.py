@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from entrecipes.recipe.base import Count, PositiveCount, Section, register, union
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 OPTIMIZERS = "entrecipes.training.optimizer"
 
 
@@ -42,7 +43,7 @@ class Optimizer(Section):
 
 
 class AdamKeys(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two running moments."""
 
 
@@ -74,7 +75,7 @@ class Lion8bitOptimizer(Optimizer):
     """bitsandbytes' Lion with 8-bit state: one moment in place of two."""
 
     type: Literal["lion8bit"] = "lion8bit"
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of the update and of the momentum."""
 
 
@@ -117,7 +118,7 @@ class Training(Section):
     """Images of one optimizer step, over all processes."""
     micro_batch_size: PositiveCount | None = None
     """Images of one forward pass in one process; gradients accumulate up to `batch_size`. Null: no accumulation."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of weights, data order and noise."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast precision; weights, optimizer and EMA stay float32."""

@@ -106,7 +106,6 @@ def speed_rows(run: dict[str, Any]) -> Rows:
         ("Speed (median)", (speed := run.get("images_per_second")) and f"{number(speed)} images/s"),
         ("Peak memory", (memory := run.get("peak_memory_gib")) and f"{number(memory)} GiB"),
         ("Time in training steps", duration(run.get("seconds_training"))),
-        ("Time in all (with evaluation)", duration(run.get("seconds_total"))),
         ("Device", run.get("device")),
         ("Processes", _count(run.get("world_size"))),
         ("Precision", {"no": "float32"}.get(run.get("precision"), run.get("precision"))),

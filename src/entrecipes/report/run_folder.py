@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from entrecipes.errors import UserError
+from entrecipes.recipe import tree
 
 RUN_KEYS = ("name", "description", "license", "data", "pipeline", "versions")
 
@@ -64,11 +63,10 @@ class RunFolder:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain values. Raises `UserError` when it is missing or no YAML."""
-        try:
-            return yaml.safe_load(self.resolved_text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            raise self._corrupt("recipe.yaml", mark.line + 1 if mark else 1, "no valid YAML") from None
+        root, problems = tree.parse(self.resolved_text, str(self.path / "recipe.yaml"))
+        if root is None:
+            raise UserError(f"{problems[0]}; resume the run to write it again")
+        return tree.plain(root)
 
     def metrics(self, *kinds: str) -> list[dict[str, Any]]:
         """The records of these kinds (`train`, `held_out`, `metric`, `event`, `start`), oldest first."""

@@ -107,6 +107,18 @@ def listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("images-*") if path.is_dir())
 
 
+def set_aside(folder: Path, beyond: int) -> None:
+    """Rename the checkpoints with more images than a run goes on from: they are another future of it.
+
+    Rotation and `newest` no longer see them.
+    """
+    for path in listed(folder):
+        if int(path.name.split("-")[1]) > beyond:
+            aside = folder / f"abandoned-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, with its state; damaged newer ones are named in a warning.
 

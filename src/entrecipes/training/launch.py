@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
     with _stopping_at_signals(run):
         train(run)
     if run.stop_requested and run.images < recipe.training.images:
-        raise Interrupted(f"stopped at image {run.images}; the same command goes on from there")
+        how = "the same command" if recipe.training.resume == "auto" else "the same command with training.resume=auto"
+        raise Interrupted(f"stopped at image {run.images}; {how} goes on from there")
     publish(run, loaded.name)
     run.accelerator.end_training()
     return folder
@@ -78,6 +80,7 @@ def _make_room(folder: Path) -> None:
         folder.rename(aside)
         logger.warning("%s held an earlier run, which is now %s", folder, aside)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
 
 
 @contextlib.contextmanager

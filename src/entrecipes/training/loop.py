@@ -18,8 +18,8 @@ def train(run: Run) -> None:
         before = run.images
         step(run, batches)
         run.log_when_due(before)
-        run.measure_when_due(before)
         checkpoint_when_due(run, before)
+        run.measure_when_due(before)
 
 
 def step(run: Run, batches: Iterator[Batch]) -> None:

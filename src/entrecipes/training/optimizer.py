@@ -48,7 +48,7 @@ def from_torch(section: sections.TorchOptimizer, parameters: Iterable[nn.Paramet
     options = {"lr": section.learning_rate, "weight_decay": section.weight_decay} | section.options
     try:
         return getattr(torch.optim, section.name)(parameters, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"optimizer.options: torch.optim.{section.name} refuses them: {error}") from error
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from entrecipes.errors import UserError
 from entrecipes.report.card import write_card
-from entrecipes.report.plots import save_grid
 from entrecipes.report.report import write_report
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import peak_memory_gib
@@ -28,11 +29,10 @@ def publish(run: Run, name: str) -> None:
         run: A run that has seen all its images.
         name: The recipe's name.
     """
-    images, columns = run.evaluator.grid(run.eval_model)
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
     if run.accelerator.is_main_process:
         save_pipeline(run, run.folder / "pipeline")
-        save_grid(images, run.folder / "samples" / "final.png", columns)
+        shutil.copyfile(run.grid_path(run.images), run.folder / "samples" / "final.png")
         (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
         write_card(run.folder)
         write_report(run.folder)
@@ -43,7 +43,10 @@ def save_pipeline(run: Run, target: Path) -> None:
     """Save the evaluated weights as a stock pipeline; the folder is replaced only by a whole one."""
     partial = target.with_name(f".writing-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    run.components.pipeline(run.eval_model).save_pretrained(partial)
+    try:
+        run.components.pipeline(run.eval_model).save_pretrained(partial)
+    except SafetensorError as error:  # a full disk, told by the library in its own way
+        raise UserError(f"{partial}: {error}; the checkpoints are whole: free some space and run again") from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
@@ -94,8 +97,8 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
 
 
 def final_metrics(run: Run) -> list[dict[str, Any]]:
-    """The last value of every metric, each with its origin."""
-    metrics = {row["name"]: row for row in run.log.rows("metric")}
+    """Every metric of the final weights, each with its origin."""
+    metrics = {row["name"]: row for row in run.log.rows("metric") if row["images"] == run.images}
     return [{key: value for key, value in row.items() if key not in ("kind", "images")} for row in metrics.values()]
 
 

@@ -6,6 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.optim import Optimizer
+
 from entrecipes.errors import UserError
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
@@ -16,7 +19,8 @@ logger = logging.getLogger(__name__)
 IDENTITY = ("pipeline.", "data.", "objective.", "noise.", "blocks.", "optimizer.type", "training.seed", "training.ema")
 """Keys that make a run what it is: a change of any is another run."""
 
-HARMLESS = ("description", "license", "data.num_workers", "data.on_device", "evaluation.", "training.log_every",
+HARMLESS = ("description", "license", "data.num_workers",
+    "data.max_bad_images", "data.on_device", "evaluation.", "training.log_every",
             "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.resume",
             "training.trackers", "training.output", "training.cpu_threads")  # fmt: skip
 """Keys that decide nothing about the weights."""
@@ -31,9 +35,10 @@ def checkpoint_when_due(run: Run, before: int) -> None:
     training = run.recipe.training
     if run.folder and (run.stop_requested or run.due(training.checkpoint_every, before)):
         with run.window.paused():
-            run.check_finite(run.window.sums.sum().item())
+            state = state_of(run)  # on all processes, since it averages over them
+            run.check_finite(state["window"]["sums"][:2].sum().item())
             if run.accelerator.is_main_process:
-                checkpoint.save(run.folder / "checkpoints", run.images, state_of(run), training.keep_checkpoints)
+                checkpoint.save(run.folder / "checkpoints", run.images, state, training.keep_checkpoints)
             run.accelerator.wait_for_everyone()
 
 
@@ -46,7 +51,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.optimizer.state_dict(),
         "noise": run.noise.state_dict(),
         "blocks": run.blocks.state_dict(),
-        "window": run.window.state_dict(),
+        "window": run.window.state_dict() | {"sums": run.accelerator.reduce(run.window.sums, "mean")},
         "run": {
             "images": run.images,
             "world_size": run.world_size,
@@ -78,6 +83,8 @@ def resume(run: Run) -> Path | None:
     for notice in check_continues(path, state, run.recipe, run.world_size):
         logger.warning(notice)
     _load(run, path, state)
+    if run.accelerator.is_main_process:
+        checkpoint.set_aside(run.folder / "checkpoints", beyond=run.images)
     run.log.rewind(run.images)
     return path
 
@@ -92,6 +99,7 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
         if run.blocks.advance(run.images):
             run.wrap()
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
+        _match_memory_format(run.optimizer.optimizer)
         run.noise.load_state_dict(state["noise"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -102,6 +110,14 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     if run.accelerator.scaler is not None and state["run"]["scaler"]:
         run.accelerator.scaler.load_state_dict(state["run"]["scaler"])
     run.window.load_state_dict(state["window"])
+
+
+def _match_memory_format(optimizer: Optimizer) -> None:
+    """Give the loaded moments the strides of their weights, which fused kernels rely on and checkpoints don't keep."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_size: int) -> list[str]:
@@ -127,17 +143,18 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             f"{path}: belongs to another run ({listed}). Start this one afresh with training.resume=never, or give it "
             "another training.output."
         )
+    decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's
     notices = [
         f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "
         "so it will not repeat an uninterrupted one bit for bit"
         for key, old, new in changes
-        if not key.startswith(HARMLESS) and key != "training.images"
+        if not key.startswith(HARMLESS) and (key != "training.images" or decays)
     ]
     before = state["run"]["world_size"]
     if before != world_size:
         notices.append(
             f"{path.name}: written by {before} process{'es' * (before > 1)}, now {world_size}: every step still sees "
-            "the same images and noise, and only the order of summation differs (about 1e-6 of the loss)"
+            "the same images and noise, up to dropout inside the model and rounding"
         )
     return notices
 

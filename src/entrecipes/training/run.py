@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,16 +13,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from entrecipes.data.loader import Batch, batches
 from entrecipes.data.opening import open_data
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.objective import Objective
-from entrecipes.diffusion.pipelines import load_components
+from entrecipes.diffusion.pipelines import best_device, load_components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
+from entrecipes.evaluation.heldout import HeldOutResult
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.report.plots import save_grid
@@ -30,6 +33,8 @@ from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
 from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
 from entrecipes.training.window import Window
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -52,7 +57,8 @@ class Run:
             torch.set_num_threads(training.cpu_threads)
         self.accelerator = Accelerator(
             mixed_precision=training.precision,
-            cpu=not torch.accelerator.is_available(),
+            cpu=best_device().type == "cpu",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop divides, not a variable
             log_with=list(training.trackers) or None,
             project_dir=folder,
         )
@@ -60,7 +66,8 @@ class Run:
         self._check_processes()
 
         self.components = load_components(recipe.pipeline, training.seed)
-        self.data = open_data(recipe.data, self.components, self.device)
+        with self.accelerator.main_process_first():  # what the first one caches the others find
+            self.data = open_data(recipe.data, self.components, self.device)
         self.space = self.data.space
         self.model = self.components.model.to(self.device)
         self._prepare_model()
@@ -78,6 +85,9 @@ class Run:
                 f"pipeline of {self.components.family.model_class}, has no guidance; remove the key"
             )
 
+        if recipe.evaluation.guidance_scale != 1 and not training.label_dropout and recipe.pipeline.build:
+            logger.warning("evaluation.guidance_scale needs training.label_dropout: no sample trains its null label")
+
         self.images = 0
         self.stop_requested = False
         self.window = Window(3, self.device)
@@ -85,7 +95,9 @@ class Run:
         self.events = self.blocks.advance(0)
         self.wrap()
         self.log = RunLog(folder, self.accelerator, listener)
-        self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, self._shard())
+        shard = Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
+        self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
+        self.evaluator.check(self.eval_model)
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -130,8 +142,9 @@ class Run:
 
     def wrap(self) -> None:
         """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
-        if self.optimizer is not None:  # undo accelerate's wrapping, so that it is not applied twice
+        if self.optimizer is not None:  # undo accelerate's wrapping, so that it is applied afresh, autocast included
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()
         previous = getattr(self.optimizer, "optimizer", None)
@@ -140,10 +153,9 @@ class Run:
         self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         if self.recipe.training.compile and previous is None:
             self.model.compile()
+        if self.ema:
+            self.ema.follow(self.model)  # preparing may have given the weights new storage
         self.denoiser = Denoiser(self.wrapped, self.components.family, self.components.path)
-
-    def _shard(self) -> Shard:
-        return Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -228,7 +240,7 @@ class Run:
         values = {
             "loss": loss,
             "x0_error": x0_error,
-            "grad_norm": grad_norm if training.clip_grad_norm else None,
+            "grad_norm": grad_norm if training.clip_grad_norm and math.isfinite(grad_norm) else None,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": window.steps * training.batch_size / window.seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
@@ -247,38 +259,50 @@ class Run:
             )
 
     def begin(self) -> None:
-        """Write down how the run starts; a fresh run measures the untrained model first."""
+        """Write down how the run starts, and measure: the untrained model, or what a resumed run had due."""
         facts = {
             "world_size": self.world_size,
             "device": str(self.device),
             "precision": self.accelerator.mixed_precision,
         }
         self.log.write("start", self.images, **facts)
-        for event in self.events if self.images == 0 else ():
+        if self.images:
+            self.measure_when_due(self.images - self.recipe.training.batch_size)
+            return
+        for event in self.events:
             self.log.write("event", 0, what=event)
         with self.window.paused():
-            if self.images == 0 and self.recipe.evaluation.every:
-                self.log.write("held_out", 0, **self.evaluator.held_out_row(self.eval_model))
+            if self.recipe.evaluation.every:
+                self._log_nats(self.evaluator.nats(self.eval_model))
 
     def measure_when_due(self, before: int) -> None:
-        """Held-out nats, sample grid and sample-based metrics of the averaged model, each on its own cadence."""
-        evaluation, training = self.recipe.evaluation, self.recipe.training
+        """Held-out nats, sample grid and sample-based metrics of the evaluated weights, each on its own cadence.
+
+        Called after the checkpoint, so that whatever goes wrong here costs no training; a resumed run measures again.
+        """
+        evaluation, training, evaluator = self.recipe.evaluation, self.recipe.training, self.evaluator
+        nats_due, metrics_due = self.due(evaluation.every, before), self.due(evaluation.metrics_every, before)
         with self.window.paused():
-            if self.due(evaluation.every, before):
-                self.log.write("held_out", self.images, **self.evaluator.held_out_row(self.eval_model))
+            nats = evaluator.nats(self.eval_model) if nats_due or metrics_due else {}
+            if nats_due:
+                self._log_nats(nats)
             if self.folder and self.due(training.sample_every, before):
-                images, columns = self.evaluator.grid(self.eval_model)
+                images, columns = evaluator.grid(self.eval_model)
                 if self.accelerator.is_main_process:
-                    save_grid(images, self.folder / "samples" / f"images-{self.images:012d}.png", columns)
-            if self.due(evaluation.metrics_every, before):
-                for metric in self.evaluator.metrics(self.eval_model, self.origin()):
+                    save_grid(images, self.grid_path(self.images), columns)
+            if metrics_due:
+                origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
+                for metric in evaluator.metrics(self.eval_model, nats, origin):
                     self.log.write("metric", self.images, **asdict(metric))
+
+    def _log_nats(self, nats: dict[str, HeldOutResult]) -> None:
+        self.log.write("held_out", self.images, **self.evaluator.nats_row(nats))
+
+    def grid_path(self, images: int) -> Path:
+        """The sample grid drawn at that many images."""
+        return self.folder / "samples" / f"images-{images:012d}.png"
 
     @property
     def eval_model(self) -> Any:
         """The weights that are evaluated and published: the averaged ones, or the trained ones without EMA."""
         return self.ema.model if self.ema else self.model
-
-    def origin(self) -> dict[str, Any]:
-        """What every number measured on this model says of it."""
-        return {"images": self.images, "training_seed": self.recipe.training.seed, "ema": self.ema is not None}

@@ -56,9 +56,10 @@ class RunLog:
             self.listener(row)
 
     def rewind(self, images: int) -> None:
-        """Drop the rows beyond `images` (a killed run may have gone further than its last checkpoint)."""
+        """Drop the rows beyond a checkpoint (a killed run may have gone further), and the measurements made at it:
+        they come after it, so the resumed run makes them again."""
         if self.path and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _images(line) <= images]
+            kept = [line for line in self.path.read_text().splitlines() if _precedes(line, images)]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.path)
@@ -71,12 +72,13 @@ class RunLog:
         return [row for row in rows if row["kind"] == kind]
 
 
-def _images(line: str) -> float:
-    """Images seen at a line of metrics.jsonl; a line cut short by a kill counts as the far future."""
+def _precedes(line: str, images: int) -> bool:
+    """Whether a line of metrics.jsonl was written before the checkpoint at `images`; a line cut short was not."""
     try:
-        return json.loads(line)["images"]
-    except (ValueError, KeyError):
-        return float("inf")
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["images"] < images or row["images"] == images and row["kind"] not in ("held_out", "metric")
 
 
 def peak_memory_gib(device: torch.device) -> float:
