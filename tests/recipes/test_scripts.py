@@ -1,0 +1,37 @@
+"""The comparison scripts run and write what they print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def call(folder: Path, script: str, *arguments: str) -> tuple[str, dict]:
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny()))
+    command = [sys.executable, str(SCRIPTS / script), *arguments, "--json", "numbers.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / "numbers.json").read_text())
+
+
+def test_the_speed_comparison_times_all_three(tmp_path):
+    arguments = ["--recipe", "tiny.yaml", "--repetitions", "3", "--steps", "2"]
+    said, numbers = call(tmp_path, "benchmark_training.py", *arguments)
+    assert set(numbers["images_per_second"]) == {"trainer", "bare", "usual form"}
+    assert all(len(rates) == 3 and min(rates) > 0 for rates in numbers["images_per_second"].values())
+    assert "trainer against the usual form" in said
+
+
+@pytest.mark.slow
+def test_seeds_are_measured_with_their_spread(tmp_path):
+    said, numbers = call(tmp_path, "measure_seeds.py", "tiny.yaml", "--seeds", "0", "1")
+    assert len(numbers["values"]["heldout_nats"]) == 2 and "heldout_nats" in said
+    assert numbers["values"]["heldout_nats"][0] != numbers["values"]["heldout_nats"][1]
