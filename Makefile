@@ -23,6 +23,8 @@ endif
 
 demo: setup
 	OMP_NUM_THREADS=1 $(RUN) -m entrecipes run digits/demo
+	@echo
+	@echo 'The command line: source $(VENV)/bin/activate, then entrecipes --help'
 
 setup: $(STAMP)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from diffusers import DiffusionPipeline
 from tiny import DIT, EDM, FLOW, UNET
 
 from entrecipes.diffusion.denoiser import Denoiser
+from entrecipes.diffusion.families import FAMILIES
 from entrecipes.diffusion.pipelines import load_components, load_pipeline
 from entrecipes.errors import UserError
 from entrecipes.evaluation.generation import balanced_labels, generate
-from entrecipes.recipe.pipeline import Pipeline
+from entrecipes.recipe.pipeline import Model, Pipeline
 
 VP = {"class": "DDIMScheduler", "config": {"clip_sample": False}}
 V = {"class": "DDIMScheduler", "config": {"clip_sample": False, "prediction_type": "v_prediction"}}
@@ -48,6 +51,10 @@ def test_a_saved_pipeline_samples_alike_when_reloaded_plainly_and_trains_on(tmp_
     assert again.vae is None and again.path.name == parts.path.name
     for name, value in parts.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_the_schema_names_every_family():
+    assert set(get_args(Model.model_fields["class_name"].annotation)) == set(FAMILIES)
 
 
 def test_fresh_weights_depend_on_the_seed_alone():

@@ -86,7 +86,7 @@ BROKEN = {
     ),
     "missing aliased key": (
         GOOD.replace("pretrained: some/model", "build: {model: {config: {}}, scheduler: {class: DDPMScheduler}}"),
-        ["r.yaml:3: pipeline.build.model.class: is missing: Name of a diffusers class, such as UNet2DModel"],
+        ["r.yaml:3: pipeline.build.model.class: is missing: Name of a diffusers class"],
     ),
     "wrong number": (
         GOOD + "  batch_size: sixteen\n",
@@ -133,7 +133,7 @@ BROKEN = {
         ["r.yaml:10: blocks.stages: needs at least 1 value, got 0"],
     ),
     "both origins": (
-        GOOD.replace("some/model", "some/model\n  build: {model: {class: A}, scheduler: {class: B}}"),
+        GOOD.replace("some/model", "some/model\n  build: {model: {class: UNet2DModel}, scheduler: {class: B}}"),
         [
             "r.yaml:2: pipeline: give exactly one of 'pretrained' (a Hub id or folder) and 'build' (a model and a "
             "scheduler); a variant drops its base's with null"
@@ -273,9 +273,11 @@ def test_another_type_drops_the_keys_of_the_base(write) -> None:
 
 
 def test_another_class_drops_the_configuration_of_the_base(write) -> None:
-    build = "build: {model: {class: A, config: {a: 1}}, scheduler: {class: B, config: {b: 1}}}"
+    build = "build: {model: {class: UNet2DModel, config: {a: 1}}, scheduler: {class: B, config: {b: 1}}}"
     write(GOOD.replace("pretrained: some/model", build), "base.yaml")
-    variant = "extends: base.yaml\npipeline: {build: {model: {class: C}, scheduler: {config: {c: 1}}}}\n"
+    variant = (
+        "extends: base.yaml\npipeline: {build: {model: {class: DiTTransformer2DModel}, scheduler: {config: {c: 1}}}}\n"
+    )
     made = load(write(variant)).recipe
     assert made.pipeline.build.model.config == {}
     assert made.pipeline.build.scheduler.config == {"b": 1, "c": 1}
@@ -314,7 +316,7 @@ def test_overrides_are_a_variant_in_any_order(write) -> None:
     ],
 )
 def test_scalars_are_those_of_yaml_1_2_and_survive_the_dump(write, text: str, value: object) -> None:
-    build = f"build:\n    model: {{class: A, config: {{x: {text} }}}}\n    scheduler: {{class: B}}"
+    build = f"build:\n    model: {{class: UNet2DModel, config: {{x: {text} }}}}\n    scheduler: {{class: B}}"
     recipe = load(write(GOOD.replace("pretrained: some/model", build))).recipe
     read = recipe.pipeline.build.model.config["x"]
     assert read == value and type(read) is type(value)
@@ -402,3 +404,12 @@ def test_the_json_schema_takes_counts_and_variants() -> None:
     assert {option["type"] for option in images["anyOf"]} == {"integer", "string"}
     assert schema["$defs"]["Component"]["properties"].keys() == {"class", "config"}
     assert all(field.get("description") for field in schema["properties"].values())
+
+
+def test_an_override_of_type_says_what_goes_with_it(write) -> None:
+    path = write(GOOD + "optimizer: {type: adamw, learning_rate: 1e-3, weight_decay: 0.1}\n")
+    loaded = load(path, ["optimizer.type=adamw8bit", "optimizer.weight_decay=0.2"])
+    assert loaded.recipe.optimizer.learning_rate == 1e-4
+    assert loaded.warnings == [
+        "command line: optimizer.type: changes it from adamw, so learning_rate of the file no longer count"
+    ]

@@ -34,7 +34,7 @@ def test_header_commands_name_this_recipe_and_dry_run(path, capsys, monkeypatch,
         assert loaded.path.resolve() == path.resolve() and not loaded.warnings
         embedded = [] if loaded.recipe.data.type == "digits" else ["data.type=digits"]
         assert main(["run", *arguments, *quick, *embedded, "--dry-run"]) == 0
-        assert "nothing was written" in capsys.readouterr().out
+        assert "nothing was written to the run folder" in capsys.readouterr().out
 
 
 def test_all_recipes_validate_and_are_counted(capsys):

@@ -189,6 +189,29 @@ def test_autocast_outlives_a_change_of_the_trained_set():
     assert set(seen) == {torch.bfloat16}
 
 
+def test_a_frozen_prefix_with_attention_does_not_crash_the_process():
+    """torch's CPU backward of GroupNorm dies on a channels-last input without gradient, which attention hands on."""
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    model = {**UNET, "config": {**UNET["config"], **blocks, "attention_head_dim": 4}}
+    stages = [{"train": ["up_blocks.*"]}, {"from_images": 32, "train": ["mid_block.*"]}]
+    train(Run(tiny_recipe(model, blocks={"type": "staged", "stages": stages}, training={"images": 64}), None))
+
+
+def test_a_finished_run_is_not_relabelled(tmp_path):
+    train(Run(tiny_recipe(training={"images": 48}), tmp_path))
+    with pytest.raises(UserError, match="already trained to image 48, with other settings .optimizer.learning_rate"):
+        resume(Run(tiny_recipe(training={"images": 48}, optimizer={"type": "adamw", "learning_rate": 1e-4}), tmp_path))
+    with pytest.raises(UserError, match="training.images: 48 there, 16 here"):
+        resume(Run(tiny_recipe(training={"images": 16}), tmp_path))
+    again = Run(tiny_recipe(training={"images": 48}, evaluation={"every": 16}), tmp_path)
+    assert resume(again) and again.images == 48, "measuring otherwise is fine"
+
+
+def test_half_precision_is_not_pretended():
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        Run(tiny_recipe(training={"precision": "fp16"}), None)
+
+
 def test_samples_are_drawn_without_dropout_also_without_an_average():
     run = Run(tiny_recipe(training={"ema": None}), None)
     first, second = (run.evaluator.grid(run.eval_model)[0] for _ in range(2))

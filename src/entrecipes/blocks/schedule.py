@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.blocks import AllBlocksSection, StagedBlocksSection
@@ -27,6 +27,21 @@ class BlockSchedule(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+
+def guard_group_norms(model: nn.Module) -> None:
+    """Keep frozen prefixes from crashing the process on a CPU.
+
+    torch 2.13's CPU backward of a trained GroupNorm dies (SIGSEGV) when its input is channels-last and needs no
+    gradient, as behind a frozen attention block. Such inputs are made contiguous; others are left as they are.
+    """
+
+    def contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if inputs[0].requires_grad else (inputs[0].contiguous(), *inputs[1:])
+
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm) and not module._forward_pre_hooks:
+            module.register_forward_pre_hook(contiguous)
 
 
 class AllBlocks:

@@ -119,7 +119,7 @@ def _print_ending(folder: Path) -> None:
     ):
         print(f"  {what:12} {folder / path}")
     print("\nLoad it with plain diffusers:\n")
-    print(snippet(facts, str(folder / "pipeline")))
+    print(snippet(facts, (folder / "pipeline").resolve()))
 
 
 def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
@@ -141,5 +141,5 @@ def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
         print(f"{what:12} {value}")
     for plan in estimate.evaluations:
         print(f"{'evaluation':12} {plan}")
-    print("nothing was written")
+    print("nothing was written to the run folder")
     return 0

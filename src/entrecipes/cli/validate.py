@@ -32,13 +32,20 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(list(dict.fromkeys(problems)))
     count = len(set(paths))
     print(f"{count} {'recipe' if count == 1 else 'recipes'} valid")
+    if count == 1:
+        print("(`entrecipes run RECIPE --dry-run` also builds the model and opens the data)")
     return 0
 
 
 def _recipes(path: Path) -> list[Path]:
     if not path.is_dir():
         return [find(path)]
-    found = sorted(candidate for candidate in path.rglob("*.yaml") if is_recipe(candidate))
+    visible = (
+        candidate
+        for candidate in path.rglob("*.yaml")
+        if not any(part.startswith(".") for part in candidate.relative_to(path).parts)
+    )
+    found = sorted(candidate for candidate in visible if is_recipe(candidate))
     if not found:
         raise UserError(f"{display(path)}: no recipe (*.yaml) in this folder; `entrecipes cp digits/demo` makes one")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,8 @@ from entrecipes.diffusion.space import LatentSpace, PixelSpace
 from entrecipes.errors import UserError
 from entrecipes.recipe.base import build
 from entrecipes.recipe.data import ImageData
+
+logger = logging.getLogger(__name__)
 
 LATENT_BATCH = 16
 
@@ -48,6 +51,8 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
             f" and {components.channels}; leave out data.image_size and data.channels, or change the model's config"
         )
     images: Splits = build("data", section, image_size=image_size, channels=channels)
+    if bad := images.train.bad_images:
+        logger.warning("%d unreadable images are left out: %s", len(bad), ", ".join(bad))
     if num_classes is None:
         parts = (part and replace(part, labels=None) for part in (images.train, images.held_out))
         images = Splits(*parts)

@@ -106,7 +106,7 @@ def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline
 
 def _from_hub(cls: type, source: str, revision: str | None) -> Any:
     """`cls.from_pretrained` with errors that say what to do next."""
-    looks_local = Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).parent.is_dir()
     if looks_local and not Path(source).is_dir():
         raise UserError(
             f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"

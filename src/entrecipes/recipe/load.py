@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from entrecipes.recipe.explain import explain
 from entrecipes.recipe.idle import idle_keys
 from entrecipes.recipe.schema import Recipe
 from entrecipes.recipe.tree import (
+    SELECTORS,
     Node,
     Place,
     Problem,
@@ -98,19 +99,35 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     above = _overrides(overrides, problems)
     if root is None:
         raise RecipeError(sorted(problems))
-    root = merge(root, Node(above.value, root.place))
+    above = Node(above.value, root.place)
+    warnings = list(_dropped(root, above))
+    root = merge(root, above)
     try:
         recipe = Recipe.model_validate(plain(root))
     except ValidationError as error:
         problems += explain(error, root)
     if problems:
         raise RecipeError(sorted(problems))
-    warnings = []
     for key, why in idle_keys(recipe).items():
         node, depth = find_node(root, key.split("."))
         if depth == len(key.split(".")):
             warnings.append(Problem(node.place, key, f"has no effect {why}"))
     return LoadedRecipe(recipe, _name(path), path, path.read_text(encoding="utf-8"), [str(w) for w in sorted(warnings)])
+
+
+def _dropped(below: Node, above: Node, path: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """What an override of `type` or `class` on the command line takes away with it."""
+    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
+        return
+    for key in SELECTORS:
+        if key in above.value and key in below.value and above.value[key].value != below.value[key].value:
+            gone = sorted(below.value.keys() - above.value.keys())
+            if gone:
+                what = f"changes it from {below.value[key].value}, so {', '.join(gone)} of the file no longer count"
+                yield Problem(Place("command line"), ".".join((*path, key)), what)
+            return
+    for key in above.value.keys() & below.value.keys():
+        yield from _dropped(below.value[key], above.value[key], (*path, key))
 
 
 def base_of(path: Path, extends: str) -> Path | None:

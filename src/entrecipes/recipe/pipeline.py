@@ -18,10 +18,17 @@ class Component(Section):
     """Arguments of the class; unknown ones are refused before training starts."""
 
 
+class Model(Component):
+    """The denoising network: a diffusers class that has a family here, and its configuration."""
+
+    class_name: Literal["UNet2DModel", "DiTTransformer2DModel"] = Field(alias="class")
+    """Name of a diffusers class."""
+
+
 class Build(Section):
     """A network to train from scratch."""
 
-    model: Component
+    model: Model
     """The denoising network."""
     scheduler: Component
     """The noise path, the prediction type and the sampler of the published pipeline."""

@@ -144,11 +144,19 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             "another training.output."
         )
     decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's
+    changes = [change for change in changes if not change[0].startswith(HARMLESS)]
+    images = state["run"]["images"]
+    if changes and images >= recipe.training.images:
+        listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changes)
+        raise UserError(
+            f"{path}: already trained to image {images}, with other settings ({listed}). Go on with a larger "
+            "training.images, or start anew with another training.output or training.resume=never."
+        )
     notices = [
         f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "
         "so it will not repeat an uninterrupted one bit for bit"
         for key, old, new in changes
-        if not key.startswith(HARMLESS) and (key != "training.images" or decays)
+        if key != "training.images" or decays
     ]
     before = state["run"]["world_size"]
     if before != world_size:

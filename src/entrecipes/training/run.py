@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
+from entrecipes.blocks.schedule import guard_group_norms
 from entrecipes.data.loader import Batch, batches
 from entrecipes.data.opening import open_data
 from entrecipes.diffusion.denoiser import Denoiser
@@ -108,12 +109,14 @@ class Run:
 
     def _check_processes(self) -> None:
         """Refuse a launch that would go wrong silently, and a batch that can't be shared out."""
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
+        if sharded:
             raise UserError(
-                f"{kind.value}: the averaged model and exact checkpoints are not written for sharded weights yet; "
+                f"{sharded[0]}: the averaged model and exact checkpoints are not written for sharded weights yet; "
                 "launch with recipes/accelerate/ddp.yaml, or on one process"
             )
+        if self.recipe.training.precision == "fp16" and self.device.type == "cpu":
+            raise UserError("training.precision: fp16 needs a GPU; on a CPU take bf16, or no")
         training, launched = self.recipe.training, int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.world_size:
             raise UserError(
@@ -147,6 +150,8 @@ class Run:
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
             self.accelerator._optimizers.clear()
+        if self.device.type == "cpu" and not all(p.requires_grad for p in self.model.parameters()):
+            guard_group_norms(self.model)
         previous = getattr(self.optimizer, "optimizer", None)
         optimizer = build_optimizer(self.recipe.optimizer, self.model, previous)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
