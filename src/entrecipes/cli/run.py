@@ -78,8 +78,9 @@ def _train(loaded: LoadedRecipe, speaks: bool) -> int:
 
 
 def _print_row(row: dict[str, Any]) -> None:
-    """One JSON object a line, for machines and log files."""
-    print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}), flush=True)
+    """One JSON object a line, for machines and log files; metrics.jsonl has all digits and the lists."""
+    short = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+    print(json.dumps({key: value for key, value in short.items() if not isinstance(value, (list, dict))}), flush=True)
 
 
 class _Progress:
