@@ -99,10 +99,7 @@ def loss_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
     if len(loss) > 2:
         axes.plot(images, loss, color=FAINT, linewidth=0.8, label="as logged")
     axes.plot(images, smoothed, color=BLUE, linewidth=1.8, label="smoothed", **_dots(images))
-    finite = loss[np.isfinite(loss)]
-    if len(finite) and finite.min() > 0 and finite.max() > 5 * finite.min():
-        axes.set_yscale("log")
-        _plain_log_ticks(axes)
+    _log_scale_where_wide(axes, loss)
     axes.set(title="Training loss", ylabel="weighted squared error")
     axes.legend(loc="upper right")
 
@@ -117,6 +114,7 @@ def held_out_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
             axes.plot(images, nats, color=color, linewidth=1.8, label=label, **_dots(images))
     nats, error = _column(records, "nats"), _column(records, "nats_standard_error")
     axes.fill_between(images, nats - error, nats + error, color=BLUE, alpha=0.15, linewidth=0)
+    _log_scale_where_wide(axes, nats)
     axes.set(title="Denoising error over all noise levels", ylabel="nats (lower is better)")
     axes.legend(loc="upper right")
 
@@ -196,11 +194,18 @@ def _draw(path: Path, plot: Callable[[Axes, list[dict[str, Any]]], None], record
     return path
 
 
-def _plain_log_ticks(axes: Axes) -> None:
-    """0.02, 0.05, 0.1 in place of powers of ten, which say little over one or two decades."""
+def _log_scale_where_wide(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic axis where the values span more than a factor of three, so that the last differences still show.
+
+    Its ticks are 20, 30, 50, 100 in place of powers of ten, which say little over one or two decades.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    finite = values[np.isfinite(values)]
+    if not len(finite) or finite.min() <= 0 or finite.max() <= 3 * finite.min():
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
