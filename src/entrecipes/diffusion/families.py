@@ -37,11 +37,21 @@ class Family(ABC):
         """Classes that the model is conditioned on; None: unconditional."""
 
     @abstractmethod
+    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        """What the stock pipeline is called with to get these images, beside what all pipelines take."""
+
     def generate(
-        self, pipeline: DiffusionPipeline, labels: list[int] | None, num_images: int, steps: int, guidance_scale: float,
+        self,
+        pipeline: DiffusionPipeline,
+        labels: list[int] | None,
+        num_images: int,
+        steps: int,
+        guidance_scale: float,
         generator: list[torch.Generator],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Sample with the stock pipeline: [num_images, C, H, W] in [0, 1]."""
+        asked = self.asked_for(labels, num_images, guidance_scale)
+        return pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
 
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
         """The stock pipeline around `model`."""
@@ -97,17 +107,8 @@ class UNet2D(Family):
                 "take DDIMScheduler, EDMEulerScheduler or DPMSolverMultistepScheduler."
             )
 
-    def generate(
-        self, pipeline: DiffusionPipeline, labels: list[int] | None, num_images: int, steps: int, guidance_scale: float,
-        generator: list[torch.Generator],
-    ) -> Tensor:  # fmt: skip
-        return pipeline(
-            batch_size=num_images,
-            class_labels=labels,
-            num_inference_steps=steps,
-            generator=generator,
-            output_type="pt",
-        ).images
+    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"batch_size": num_images, "class_labels": labels}
 
 
 class DiT(Family):
@@ -169,17 +170,8 @@ class DiT(Family):
         vae = vae or build_pixel_vae(model.config.in_channels, model.config.sample_size)
         return self.pipeline_class(transformer=model, scheduler=scheduler, vae=vae)
 
-    def generate(
-        self, pipeline: DiffusionPipeline, labels: list[int] | None, num_images: int, steps: int, guidance_scale: float,
-        generator: list[torch.Generator],
-    ) -> Tensor:  # fmt: skip
-        return pipeline(
-            class_labels=labels,
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
-            generator=generator,
-            output_type="pt",
-        ).images
+    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"class_labels": labels, "guidance_scale": guidance_scale}
 
 
 FAMILIES: dict[str, Family] = {family.model_class: family for family in (UNet2D(), DiT())}

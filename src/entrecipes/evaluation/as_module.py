@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 import torch
 from PIL.Image import Image
@@ -36,6 +38,24 @@ Args:
 Returns:
     {"heldout_nats": value, "origin": {...}}
 """
+
+
+class ImageMetric(evaluate.Metric):
+    """Thin wrapper of entrecipes.evaluation.metrics.compare; predictions and references are images."""
+
+    measure: str
+    """A metric of `compare`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=ARGUMENTS,
+            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
+        )
+
+    def _compute(self, predictions, references, features="efficientnet_lite0", batch_size=250, seed=0) -> dict:
+        return compare_images(self.measure, predictions, references, features, batch_size, seed)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
+from entrecipes.evaluation.features import FeatureExtractor
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
@@ -40,7 +42,11 @@ class Evaluator:
         if not self.splits:
             raise UserError("data: a stream must hold images out to be measured on; set data.held_out above 0")
         self._bundles: dict[str, HeldOutBundle] = {}
-        self._extractor: Any = None
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """The recipe's feature extractor. Raises `UserError` when it can't be had."""
+        return build("features", self.section.features, device=self.device)
 
     def check(self, model: ModelMixin) -> None:
         """Sample two images as `evaluation:` says but in one step, and load the feature extractor, before any training.
@@ -74,7 +80,7 @@ class Evaluator:
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
             )
         if section.metrics:
-            self._extractor = build("features", section.features, device=self.device)
+            _ = self.extractor
 
     # -- denoising --------------------------------------------------------------------------------------------------
 
@@ -158,11 +164,9 @@ class Evaluator:
         fake = self.samples(model, section.samples)
         real = self.data.images.train if section.reference == "train" else self.data.images.held_out
         count = section.reference_samples or section.samples
-        if self._extractor is None:
-            self._extractor = build("features", section.features, device=self.device)
         return compare(
             section.metrics,
-            self._extractor,
+            self.extractor,
             draw(real, count, section.seed)[0],
             fake,
             batch_size=section.batch_size,

@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -112,6 +112,3 @@ def choice(wing: str, name: str) -> Entry:
 def build(wing: str, section: Section, **context: Any) -> Any:
     """Carry out a choice: import its implementation and call it with its section and what the run provides."""
     return choice(wing, section.type).load()(section, **context)
-
-
-__all__ = ["REGISTRY", "Count", "Entry", "Literal", "PositiveCount", "Section", "build", "choice", "register", "union"]

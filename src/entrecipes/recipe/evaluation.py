@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from entrecipes.recipe.base import Count, PositiveCount, Section, register, union
+from entrecipes.recipe.base import PositiveCount, Section, register, union
 
 
 @register("features", implementation="entrecipes.evaluation.features:efficientnet_lite0", paper="Tan & Le 2019")
@@ -87,6 +87,3 @@ class Evaluation(Section):
     """Seed of the generated images."""
     grid: int = Field(8, ge=1)
     """Rows of the sample grid (one column a class, at most 10)."""
-
-
-__all__ = ["Count", "Evaluation", "FeaturesSection", "HeldOut"]

@@ -16,11 +16,11 @@ from entrecipes.recipe.explain import explain
 from entrecipes.recipe.idle import idle_keys
 from entrecipes.recipe.schema import Recipe
 from entrecipes.recipe.tree import (
-    SELECTORS,
     Node,
     Place,
     Problem,
     RecipeError,
+    changed_selector,
     find_node,
     merge,
     parse,
@@ -119,13 +119,11 @@ def _dropped(below: Node, above: Node, path: tuple[str, ...] = ()) -> Iterator[P
     """What an override of `type` or `class` on the command line takes away with it."""
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return
-    for key in SELECTORS:
-        if key in above.value and key in below.value and above.value[key].value != below.value[key].value:
-            gone = sorted(below.value.keys() - above.value.keys())
-            if gone:
-                what = f"changes it from {below.value[key].value}, so {', '.join(gone)} of the file no longer count"
-                yield Problem(Place("command line"), ".".join((*path, key)), what)
-            return
+    if key := changed_selector(below, above):
+        if gone := sorted(below.value.keys() - above.value.keys()):
+            what = f"changes it from {below.value[key].value}, so {', '.join(gone)} of the file no longer count"
+            yield Problem(Place("command line"), ".".join((*path, key)), what)
+        return
     for key in above.value.keys() & below.value.keys():
         yield from _dropped(below.value[key], above.value[key], (*path, key))
 

@@ -186,13 +186,20 @@ def _placed(node: Node, place: Place) -> Node:
     return Node(node.value, place)
 
 
+def changed_selector(below: Node, above: Node) -> str | None:
+    """The key of [`SELECTORS`] by which the mapping `above` chooses something else than `below`, if there is one."""
+    for key in SELECTORS:
+        if key in above.value and key in below.value and above.value[key].value != below.value[key].value:
+            return key
+    return None
+
+
 def merge(below: Node, above: Node) -> Node:
     """`above` laid over `below`, key by key; a section in which `above` changes a selector comes from `above` alone."""
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
-    for key in SELECTORS:
-        if key in above.value and key in below.value and above.value[key].value != below.value[key].value:
-            return above
+    if changed_selector(below, above):
+        return above
     merged = dict(below.value)
     for key, child in above.value.items():
         merged[key] = merge(merged[key], child) if key in merged else child

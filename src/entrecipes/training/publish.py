@@ -32,7 +32,7 @@ def publish(run: Run, name: str) -> None:
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
     if run.accelerator.is_main_process:
         save_pipeline(run, run.folder / "pipeline")
-        shutil.copyfile(run.grid_path(run.images), run.folder / "samples" / "final.png")
+        shutil.copyfile(run.grid_path, run.folder / "samples" / "final.png")
         (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
         write_card(run.folder)
         write_report(run.folder)

@@ -19,10 +19,22 @@ logger = logging.getLogger(__name__)
 IDENTITY = ("pipeline.", "data.", "objective.", "noise.", "blocks.", "optimizer.type", "training.seed", "training.ema")
 """Keys that make a run what it is: a change of any is another run."""
 
-HARMLESS = ("description", "license", "data.num_workers",
-    "data.max_bad_images", "data.on_device", "evaluation.", "training.log_every",
-            "training.checkpoint_every", "training.keep_checkpoints", "training.sample_every", "training.resume",
-            "training.trackers", "training.output", "training.cpu_threads")  # fmt: skip
+HARMLESS = (
+    "description",
+    "license",
+    "data.num_workers",
+    "data.max_bad_images",
+    "data.on_device",
+    "evaluation.",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.sample_every",
+    "training.resume",
+    "training.trackers",
+    "training.output",
+    "training.cpu_threads",
+)
 """Keys that decide nothing about the weights."""
 
 
@@ -135,23 +147,20 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
     Raises:
         UserError: When the checkpoint belongs to another run.
     """
-    changes = differences(state["recipe"], recipe.model_dump(mode="json", by_alias=True))
-    harmful = [change for change in changes if change[0].startswith(IDENTITY) and not change[0].startswith(HARMLESS)]
-    if harmful:
-        listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in harmful)
+    found = differences(state["recipe"], recipe.model_dump(mode="json", by_alias=True))
+    changes = [change for change in found if not change[0].startswith(HARMLESS)]
+    if harmful := [change for change in changes if change[0].startswith(IDENTITY)]:
         raise UserError(
-            f"{path}: belongs to another run ({listed}). Start this one afresh with training.resume=never, or give it "
-            "another training.output."
+            f"{path}: belongs to another run ({_said(harmful)}). Start this one afresh with training.resume=never, or "
+            "give it another training.output."
         )
-    decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's
-    changes = [change for change in changes if not change[0].startswith(HARMLESS)]
     images = state["run"]["images"]
     if changes and images >= recipe.training.images:
-        listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changes)
         raise UserError(
-            f"{path}: already trained to image {images}, with other settings ({listed}). Go on with a larger "
+            f"{path}: already trained to image {images}, with other settings ({_said(changes)}). Go on with a larger "
             "training.images, or start anew with another training.output or training.resume=never."
         )
+    decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's
     notices = [
         f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "
         "so it will not repeat an uninterrupted one bit for bit"
@@ -165,6 +174,10 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             "the same images and noise, up to dropout inside the model and rounding"
         )
     return notices
+
+
+def _said(changes: list[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changes)
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

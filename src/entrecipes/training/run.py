@@ -294,7 +294,7 @@ class Run:
             if self.folder and self.due(training.sample_every, before):
                 images, columns = evaluator.grid(self.eval_model)
                 if self.accelerator.is_main_process:
-                    save_grid(images, self.grid_path(self.images), columns)
+                    save_grid(images, self.grid_path, columns)
             if metrics_due:
                 origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
                 for metric in evaluator.metrics(self.eval_model, nats, origin):
@@ -303,9 +303,10 @@ class Run:
     def _log_nats(self, nats: dict[str, HeldOutResult]) -> None:
         self.log.write("held_out", self.images, **self.evaluator.nats_row(nats))
 
-    def grid_path(self, images: int) -> Path:
-        """The sample grid drawn at that many images."""
-        return self.folder / "samples" / f"images-{images:012d}.png"
+    @property
+    def grid_path(self) -> Path:
+        """The sample grid drawn at the images seen so far."""
+        return self.folder / "samples" / f"images-{self.images:012d}.png"
 
     @property
     def eval_model(self) -> Any:

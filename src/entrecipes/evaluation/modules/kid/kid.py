@@ -1,21 +1,8 @@
 """`evaluate` module: kernel distance (Binkowski et al. 2018) between generated and real images."""
 
-import datasets
-import evaluate
-
-from entrecipes.evaluation.as_module import ARGUMENTS, compare_images
+from entrecipes.evaluation import as_module  # by module: `evaluate` takes the first metric class named here
 
 
-class Kid(evaluate.Metric):
-    """Thin wrapper of entrecipes.evaluation.metrics.compare; predictions and references are images."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=ARGUMENTS,
-            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
-        )
-
-    def _compute(self, predictions, references, features="efficientnet_lite0", batch_size=250, seed=0) -> dict:
-        return compare_images("kid", predictions, references, features, batch_size, seed)
+class Kid(as_module.ImageMetric):
+    __doc__ = __doc__
+    measure = "kid"
