@@ -1,3 +1,20 @@
 """Training recipes for diffusion and flow models, in which measured information decides where compute goes."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Loaded on demand, so that listing and validating recipes never imports torch. diffusers looks the classes of a
+# model_index.json up here by name, and the mixins beside them tell it how they load.
+_LAZY = {
+    "SchedulerMixin": "diffusers",
+    "ModelMixin": "diffusers",
+    "DiffusionPipeline": "diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'entrecipes' has no attribute '{name}'")
+    return getattr(importlib.import_module(_LAZY[name]), name)
