@@ -99,7 +99,7 @@ def loss_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
     if len(loss) > 2:
         axes.plot(images, loss, color=FAINT, linewidth=0.8, label="as logged")
     axes.plot(images, smoothed, color=BLUE, linewidth=1.8, label="smoothed", **_dots(images))
-    _log_scale_where_wide(axes, loss)
+    log_scale_where_wide(axes, loss)
     axes.set(title="Training loss", ylabel="weighted squared error")
     axes.legend(loc="upper right")
 
@@ -114,7 +114,7 @@ def held_out_curve(axes: Axes, records: list[dict[str, Any]]) -> None:
             axes.plot(images, nats, color=color, linewidth=1.8, label=label, **_dots(images))
     nats, error = _column(records, "nats"), _column(records, "nats_standard_error")
     axes.fill_between(images, nats - error, nats + error, color=BLUE, alpha=0.15, linewidth=0)
-    _log_scale_where_wide(axes, nats)
+    log_scale_where_wide(axes, nats)
     axes.set(title="Denoising error over all noise levels", ylabel="nats (lower is better)")
     axes.legend(loc="upper right")
 
@@ -131,7 +131,7 @@ def noise_levels(axes: Axes, records: list[dict[str, Any]]) -> None:
     chosen = np.unique(np.linspace(0, len(records) - 1, len(STEPS)).round().astype(int))
     for index, color in zip(chosen, STEPS[-len(chosen) :], strict=True):
         log_sigma, gate, rate = (np.array(records[index][key]) for key in ("log_sigma", "gate", "rate"))
-        label = f"{_short(records[index]['images'])} images"
+        label = f"{short(records[index]['images'])} images"
         axes.plot(log_sigma, gate * rate, color=color, linewidth=2 if index == chosen[-1] else 1.4, label=label)
     axes.fill_between(log_sigma, gate * rate, color=color, alpha=0.1, linewidth=0)
     top = axes.get_ylim()[1]
@@ -189,12 +189,12 @@ def _draw(path: Path, plot: Callable[[Axes, list[dict[str, Any]]], None], record
         axes.set_title("")
         if not axes.get_xlabel():
             axes.set_xlabel("images seen")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: short(images)))
         figure.savefig(path)
     return path
 
 
-def _log_scale_where_wide(axes: Axes, values: np.ndarray) -> None:
+def log_scale_where_wide(axes: Axes, values: np.ndarray) -> None:
     """A logarithmic axis where the values span more than a factor of three, so that the last differences still show.
 
     Its ticks are 20, 30, 50, 100 in place of powers of ten, which say little over one or two decades.
@@ -220,7 +220,7 @@ def _dots(images: Sequence[float]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3} if len(images) <= 25 else {}
 
 
-def _short(images: float) -> str:
+def short(images: float) -> str:
     """50000 -> `50k`."""
     for limit, letter in ((1e6, "M"), (1e3, "k")):
         if abs(images) >= limit:

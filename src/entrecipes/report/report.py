@@ -25,11 +25,8 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = RunFolder(folder)
     run = folder.run if folder.has("run.json") else None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    samples = [(label, _embedded(path)) for label, path in folder.samples]
-    html = environment.get_template("report.html.jinja").render(
+    samples = [(label, embedded(path)) for label, path in folder.samples]
+    html = template("report.html.jinja").render(
         name=run["name"] if run else folder.path.resolve().name,
         description=run["description"] if run else _description(folder),
         run=run,
@@ -38,7 +35,7 @@ def write_report(folder: str | Path) -> Path:
         held_out=facts.held_out_text(folder),
         samples=samples[-1:],
         earlier_samples=_spread(samples[:-1], EARLIER_GRIDS),
-        plots={name: _embedded(path) for name, path in draw_plots(folder).items()},
+        plots={name: embedded(path) for name, path in draw_plots(folder).items()},
         events=folder.metrics("start", "event"),
         last=(folder.metrics("train") or [None])[-1],
         recipe=folder.recipe_text.strip() if folder.has("recipe.source.yaml") else None,
@@ -50,11 +47,19 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; pages in HTML are escaped, others are not."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    escape = name.endswith(".html.jinja")
+    return jinja2.Environment(loader=folder, autoescape=escape, trim_blocks=True, lstrip_blocks=True).get_template(name)
+
+
 def _description(folder: RunFolder) -> str:
     return folder.recipe.get("description", "") if folder.has("recipe.yaml") else ""
 
 
-def _embedded(path: Path) -> str:
+def embedded(path: Path) -> str:
+    """A PNG as the source of an `<img>`, so that the page needs no other file."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 

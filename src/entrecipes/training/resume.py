@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from entrecipes.errors import UserError
+from entrecipes.recipe.changes import HARMLESS, differences
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
 from entrecipes.training.run import Run
@@ -18,24 +19,6 @@ logger = logging.getLogger(__name__)
 
 IDENTITY = ("pipeline.", "data.", "objective.", "noise.", "blocks.", "optimizer.type", "training.seed", "training.ema")
 """Keys that make a run what it is: a change of any is another run."""
-
-HARMLESS = (
-    "description",
-    "license",
-    "data.num_workers",
-    "data.max_bad_images",
-    "data.on_device",
-    "evaluation.",
-    "training.log_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.sample_every",
-    "training.resume",
-    "training.trackers",
-    "training.output",
-    "training.cpu_threads",
-)
-"""Keys that decide nothing about the weights."""
 
 
 def checkpoint_when_due(run: Run, before: int) -> None:
@@ -178,14 +161,3 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
 
 def _said(changes: list[tuple[str, Any, Any]]) -> str:
     return "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changes)
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys at which two nested recipes differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            change
-            for name in sorted(old.keys() | new.keys())
-            for change in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [(key, old, new)]
