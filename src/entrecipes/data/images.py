@@ -145,6 +145,15 @@ class ImageSet:
         counts = torch.bincount(self.labels, minlength=len(self.label_names)).tolist()
         return dict(zip(self.label_names, counts, strict=True))
 
+    def binarized(self, place: str = "data") -> ImageSet:
+        """The same set with every pixel 0 or 255. Raises UserError for one that is not in memory."""
+        if self.tensor is None:
+            raise UserError(
+                f"{place}.binarize: needs the images in memory; set {place}.on_device: always, or leave it out"
+            )
+        black_or_white = (self.tensor > 127).to(torch.uint8) * 255
+        return replace(self, tensor=black_or_white, fingerprint=fingerprint(self.fingerprint, "binarized"))
+
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """The same kind of set with only those images, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64)

@@ -53,6 +53,10 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
     images: Splits = build("data", section, image_size=image_size, channels=channels)
     if bad := images.train.bad_images:
         logger.warning("%d unreadable images are left out: %s", len(bad), ", ".join(bad))
+    if section.binarize:
+        if isinstance(images.train, IterableImageSet):
+            raise UserError("data.binarize: not for a stream; set data.streaming: false")
+        images = Splits(*(part and part.binarized() for part in (images.train, images.held_out)))
     if num_classes is None:
         parts = (part and replace(part, labels=None) for part in (images.train, images.held_out))
         images = Splits(*parts)

@@ -107,6 +107,10 @@ class Evaluator:
         train = results["train"].nats if "train" in results else None
         return first.to_row() | {"split": split, "train_nats": train}
 
+    def clean(self, count: int) -> Tensor:
+        """Up to `count` clean images or latents x0 [n, ...] of the first split, always the same, on the device."""
+        return self._x0(next(iter(self.splits.values())), count)[0]
+
     def _bundle(self, images: ImageSet) -> HeldOutBundle:
         x0, labels = self._x0(images, self.section.held_out.images, self.section.held_out.seed)
         return HeldOutBundle(self.section.held_out, x0, labels, self.components.path)

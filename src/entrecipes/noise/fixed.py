@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
-from entrecipes.noise.base import NoiseSampler
+from entrecipes.noise.base import NoiseSampler, RunFacts, evenly
 from entrecipes.recipe.noise import FixedNoise
 
 SMALLEST_SHARE = 1e-6
@@ -24,7 +24,13 @@ class FixedSampler(NoiseSampler):
         UserError: If next to nothing of the distribution lies within the path's noise levels.
     """
 
-    def __init__(self, section: FixedNoise, path: GaussianPath, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        section: FixedNoise,
+        path: GaussianPath,
+        device: torch.device | str = "cpu",
+        facts: RunFacts | None = None,
+    ) -> None:
         self.section, self.path = section, path
         ends = torch.tensor([path.log_sigma_min, path.log_sigma_max], dtype=torch.float64)
         self._low, self._high = self._cdf(ends).tolist()
@@ -37,10 +43,10 @@ class FixedSampler(NoiseSampler):
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw n levels; stratified, each comes from its own 1/n of the distribution, in random order."""
-        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         if self.section.stratified:
-            order = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).argsort()
-            u = (order + u) / n
+            u = evenly(n, generator)
+        else:
+            u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         return self.quantile(u), torch.ones_like(u)
 
     def cdf(self, log_sigma: Tensor) -> Tensor:

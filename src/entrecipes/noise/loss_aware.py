@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entrecipes.diffusion.path import GaussianPath
-from entrecipes.noise.base import NoiseSampler
+from entrecipes.noise.base import NoiseSampler, RunFacts
 from entrecipes.recipe.noise import LossAwareNoise
 
 
@@ -22,7 +22,13 @@ class LossAware(NoiseSampler):
 
     records = True
 
-    def __init__(self, section: LossAwareNoise, path: GaussianPath, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        section: LossAwareNoise,
+        path: GaussianPath,
+        device: torch.device | str = "cpu",
+        facts: RunFacts | None = None,
+    ) -> None:
         self.section, self.path = section, path
         self.history = torch.zeros(section.bins, section.history, dtype=torch.float64)
         self.counts = torch.zeros(section.bins, dtype=torch.int64)  # losses ever seen: the next slot, and whether full

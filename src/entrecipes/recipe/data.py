@@ -9,7 +9,18 @@ from pydantic import Field, model_validator
 from entrecipes.recipe.base import PositiveCount, Section, register, union
 
 
-class ImageData(Section):
+class Data(Section):
+    """Keys that every source understands."""
+
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the images (or of the symbols) kept from training and used for evaluation."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of the train/held-out split (independent of the training seed, so that seeds share one held-out set)."""
+    max_images: PositiveCount | None = None
+    """Use only that many images, drawn by `split_seed` (sequences: that many training windows)."""
+
+
+class ImageData(Data):
     """Keys that every image source understands."""
 
     image_size: int | None = Field(None, gt=0)
@@ -17,14 +28,10 @@ class ImageData(Section):
     sample size times its VAE's factor."""
     channels: Literal[1, 3, None] = None
     """1 for grey, 3 for colour; null: what the model takes."""
-    held_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the images kept from training and used for evaluation."""
-    split_seed: int = Field(0, ge=0)
-    """Seed of the train/held-out split (independent of the training seed, so that seeds share one held-out set)."""
     horizontal_flip: bool = False
     """Mirror each training image with probability one half."""
-    max_images: PositiveCount | None = None
-    """Use only that many images, drawn by `split_seed`."""
+    binarize: bool = False
+    """Make every pixel black or white, whichever is nearer: discrete data. Sets kept in memory only."""
 
 
 class DecodedImageData(ImageData):
@@ -102,6 +109,21 @@ class PreparedData(DecodedImageData):
     """Column with the class (null: unconditional)."""
     caption_column: str | None = None
     """Column with the caption."""
+
+
+@register("data", implementation="entrecipes.data.sequences:load")
+class SequenceData(Data):
+    """Windows of symbols (text, DNA), one-hot for the model: the embedded `pride`, or a prepared set of sequences."""
+
+    type: Literal["sequences"] = "sequences"
+    name: str = "pride"
+    """`pride` (60 kB of text, no download), or a prepared set of sequences: `austen`, `dna`, `splice`."""
+    length: int | None = Field(None, gt=0)
+    """Symbols in a window; null: the model's sample size."""
+    stride: PositiveCount | None = None
+    """Symbols from the start of one training window to the next; null: the length, so that windows do not overlap."""
+    label_column: str | None = "label"
+    """Column with the class, where the set has one and the model takes classes (null: unconditional)."""
 
 
 DataSection = union("data")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from entrecipes.recipe.base import PositiveCount, Section, register, union
+from entrecipes.recipe.base import Count, PositiveCount, Section, register, union
 
 FIXED = "entrecipes.noise.fixed"
 
@@ -68,6 +68,10 @@ class ModeNoise(FixedNoise):
     """Weight of the cosine bump; 0 is uniform. The upper bound, 2 / (pi - 2), keeps the map monotone."""
 
 
+FixedNoiseSection = union("noise")
+"""Any of the above: what a learned schedule may begin with."""
+
+
 @register(
     "noise",
     implementation="entrecipes.noise.loss_aware:LossAware",
@@ -85,6 +89,59 @@ class LossAwareNoise(Section):
     """Share of the draws that stays uniform."""
     refresh_every: PositiveCount = 1000
     """Images between two rebuilds of the table."""
+
+
+@register("noise", implementation="entrecipes.noise.infonoise:InfoNoise", paper="Raya et al. 2026 (InfoNoise)")
+class InfoNoiseSection(Section):
+    """Learned from the run's own losses: levels are drawn in proportion to the information rate, in nats, gated.
+
+    Numbers that the published sources leave open (all but the gate's order and the onset) are this project's choices.
+    """
+
+    type: Literal["infonoise"] = "infonoise"
+    base: FixedNoiseSection = LogUniformNoise()
+    """Distribution of the warm-up, and of the share `floor` afterwards."""
+    data: Literal["auto", "continuous", "discrete"] = "auto"
+    """Decides where the gate's pivot comes from; auto: discrete when the data takes at most eight different values."""
+    pivot: float | None = Field(None, gt=0)
+    """Sigma at which the gate is one half; null: by the onset rule for continuous data (0.15 where it says nothing), 0.2
+    for discrete data, both times the data's deviation over 0.5."""
+    onset: float = Field(0.002, gt=0, lt=1)
+    """The pivot is the largest sigma at which the rate per unit sigma reaches this share of its maximum."""
+    gate_order: int = Field(3, ge=0)
+    """Steepness n of the gate sigma^n / (sigma^n + pivot^n); 0: no gate."""
+    power: float = Field(1.0, gt=0)
+    """Exponent of the gated rate; 0.5 draws from its root."""
+    weight_compensation: Literal["none", "full"] = "none"
+    """full: divide the density by the loss's weight, so that draws times weight follow the rate."""
+    floor: float = Field(0.02, ge=0, le=1)
+    """Share of the draws that stays with `base`, so that every level goes on being measured."""
+    warmup: PositiveCount | None = None
+    """Images drawn from `base` before the first estimate; null: 5 % of the run."""
+    ramp: Count | None = None
+    """Images over which the learned density takes over from `base`; null: as many as the warm-up."""
+    refresh_every: PositiveCount | None = None
+    """Images between two rebuilds of the table; null: 1 % of the run."""
+    bins: int = Field(128, ge=8)
+    """Bins over log sigma, from the cleanest to the noisiest level of the scheduler."""
+    buffer: PositiveCount | None = None
+    """Last errors that an estimate is made from; null: a tenth of the run, from 10,000 to 100,000."""
+    new_weight: float | None = Field(None, gt=0, le=1)
+    """Weight of the errors since the last rebuild in a running mean over rebuilds; null: the plain mean of the buffer."""
+    smoothing: float = Field(1.5, ge=0)
+    """Standard deviation, in bins, of the Gaussian that smooths the logarithm of the error."""
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> InfoNoiseSection:
+        given = self.model_fields_set
+        problems = []
+        if self.gate_order == 0:
+            problems += [f"{key}: has no effect with gate_order: 0" for key in ("pivot", "onset") if key in given]
+        elif self.pivot is not None and "onset" in given:
+            problems.append("onset: has no effect with a pivot")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 NoiseSection = union("noise")

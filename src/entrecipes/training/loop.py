@@ -56,5 +56,5 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
     run.images += training.batch_size
     run.update_ema()
     run.record(log_sigma, weight, losses, x0_errors, grad_norm)
-    run.noise.refresh(run.images)
+    run.refresh_noise()
     run.advance_blocks()

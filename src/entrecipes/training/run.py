@@ -26,6 +26,7 @@ from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.heldout import HeldOutResult
+from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.report.plots import save_grid
@@ -36,6 +37,9 @@ from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_
 from entrecipes.training.window import Window
 
 logger = logging.getLogger(__name__)
+
+FACTS_IMAGES = 512
+"""Images that the scale of the data is measured on."""
 
 
 class Run:
@@ -73,7 +77,6 @@ class Run:
         self.model = self.components.model.to(self.device)
         self._prepare_model()
         self.ema = EmaModel(training.ema, self.model) if training.ema else None
-        self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device)
         self.objective = Objective(recipe.objective, self.components.path)
         self.blocks = build("blocks", recipe.blocks, model=self.model)
         self.random = StepRandom(
@@ -99,6 +102,7 @@ class Run:
         shard = Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check(self.eval_model)
+        self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -134,6 +138,16 @@ class Run:
                 f"training.micro_batch_size: {training.micro_batch_size} does not divide a process's share of "
                 f"{share} images ({training.batch_size} over {self.world_size} processes)"
             )
+
+    def _facts(self) -> RunFacts:
+        """What noise samplers may know, from a few hundred images."""
+        x0 = self.evaluator.clean(FACTS_IMAGES)
+        return RunFacts(
+            images=self.recipe.training.images,
+            data_std=x0.std().item(),
+            distinct_values=x0.unique().numel(),
+            weight=self.objective.weight,
+        )
 
     def _prepare_model(self) -> None:
         training = self.recipe.training
@@ -217,6 +231,11 @@ class Run:
             self.noise.record(log_sigma, gathered[:, 1], gathered[:, 0])
         norm = loss.new_zeros(()) if grad_norm is None else grad_norm
         self.window.add(torch.stack([(loss * weight).mean(), x0_error.mean(), norm]))
+
+    def refresh_noise(self) -> None:
+        """Let the noise sampler rebuild its table where due, and write down what it says of it."""
+        if row := self.noise.refresh(self.images):
+            self.log.write("noise", self.images, **row)
 
     def advance_blocks(self) -> None:
         """Let the block schedule open, close or remove weights; rebuild what depends on them when it did."""

@@ -1,0 +1,202 @@
+"""InfoNoise: training noise levels drawn in proportion to the information rate that the run's own losses show.
+
+Raya et al. 2026 (arXiv 2602.18647). Only the density of the noise levels changes: objective, weighting and model stay as
+they are. The run begins with a fixed distribution; from the x0 errors of its last batches the rate x0_error / sigma^2 is
+estimated, gated at low noise, normalised, and drawn from by its inverse CDF. What the published sources leave open has a
+key in the recipe: see [`InfoNoiseSection`].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrecipes.diffusion.path import GaussianPath
+from entrecipes.errors import UserError
+from entrecipes.information.profile import ErrorBuffer, Histogram, Profile, bin_means, fill_and_smooth, onset_pivot
+from entrecipes.noise.base import NoiseSampler, RunFacts, evenly
+from entrecipes.recipe.base import build
+from entrecipes.recipe.noise import InfoNoiseSection
+
+IMAGE_DATA_STD = 0.5
+"""The deviation for which the pivots below are given; other data moves them along."""
+PIVOTS = {"continuous": 0.15, "discrete": 0.2}
+"""Gate pivots where the onset rule says nothing: about what it gives on CIFAR-10, and the value pinned for DNA."""
+FEW_VALUES = 8
+"""`data: auto` takes data with at most so many distinct values for discrete: binary images, one-hot symbols."""
+
+
+class InfoNoise(NoiseSampler):
+    """The learned schedule. A table of K bins over the path's noise levels, rebuilt every so many images.
+
+    Args:
+        section: The recipe's keys.
+        path: Gives the range of noise levels.
+        device: Where draws are made and errors arrive.
+        facts: Length of the run, scale of the data, and the loss's weight.
+
+    Attributes:
+        profile: The estimate behind the table, on the CPU; None before the first refresh.
+        learned: The density that follows from it, floor included; None before the first refresh.
+        pivot: Where its gate is one half, in units of the data.
+
+    Raises:
+        UserError: When all data has one value, so that there is no information.
+    """
+
+    records = True
+
+    def __init__(
+        self,
+        section: InfoNoiseSection,
+        path: GaussianPath,
+        device: torch.device | str = "cpu",
+        facts: RunFacts | None = None,
+    ) -> None:
+        facts = facts or RunFacts()
+        if not facts.data_std > 0:
+            raise UserError("noise: all training data has one value: there is no information to follow; check data")
+        self.section, self.facts, self.device = section, facts, torch.device(device)
+        self.base = build("noise", section.base, path=path, device=device)
+        self.edges = torch.linspace(path.log_sigma_min, path.log_sigma_max, section.bins + 1, dtype=torch.float64)
+        self.centres = (self.edges[1:] + self.edges[:-1]) / 2
+        self.base_table = Histogram(self.edges, self.base.cdf(self.edges))
+        self.scale = facts.data_std / IMAGE_DATA_STD
+
+        self.warmup = section.warmup or max(1, facts.images // 20)
+        self.ramp = self.warmup if section.ramp is None else section.ramp
+        self.refresh_every = section.refresh_every or max(1, facts.images // 100)
+        self.buffer = ErrorBuffer(section.buffer or min(max(10_000, facts.images // 10), 100_000), device)
+
+        self.images, self.refreshed = 0, 0
+        self.means = torch.full_like(self.centres, math.nan)
+        self.profile: Profile | None = None
+        self.learned: Histogram | None = None
+        self.pivot: float | None = None
+        self._tables: tuple[Histogram, Histogram] | None = None  # base and learned, on the device
+
+    # -- drawing ----------------------------------------------------------------------------------------------------
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw n levels, each from its own 1/n of the distribution; the objective is this draw's, so all weights are 1."""
+        if self._tables is None or not self.ramped:
+            return self.base.sample(n, generator)
+        base, learned = self._tables
+        u = evenly(n, generator)
+        return base.mix(learned, self.ramped).quantile(u), torch.ones_like(u)
+
+    @property
+    def ramped(self) -> float:
+        """Share of the draws that the learned density has by now: 0 in the warm-up, then rising to 1."""
+        after = self.images - self.warmup
+        return 0.0 if after < 0 else 1.0 if after >= self.ramp else after / self.ramp
+
+    # -- learning ---------------------------------------------------------------------------------------------------
+
+    def record(self, log_sigma: Tensor, x0_error: Tensor, loss: Tensor | None = None) -> None:
+        """Remember the batch's x0 errors (the loss, whatever its weighting, is not used)."""
+        self.buffer.add(log_sigma, x0_error)
+
+    def refresh(self, images: int) -> dict[str, Any] | None:
+        """Rebuild the table where due (this waits for the device): at the end of the warm-up, then at every interval.
+
+        Returns:
+            Telemetry of a rebuilt table (see [`telemetry`]), None otherwise.
+        """
+        self.images = images
+        every = self.refresh_every
+        due = self.refreshed < self.warmup or images // every > self.refreshed // every
+        if images < self.warmup or not due:
+            return None
+        self.refreshed = images
+        self._estimate()
+        if self.profile is None:
+            return None
+        before = self.learned
+        self._build()
+        return self.telemetry(before)
+
+    def _estimate(self) -> None:
+        """The mmse's upper bound per bin, from the buffer; what a batch of non-finite errors leaves stays as it was."""
+        means = bin_means(self.edges, *self.buffer.read(), reduce=self.facts.reduce)
+        share = self.section.new_weight
+        if share is not None:
+            means = torch.where(self.means.isfinite(), self.means.lerp(means, share), means)
+            means = torch.where(means.isfinite(), means, self.means)
+            self.buffer.clear()
+        self.means = means
+        self.profile = fill_and_smooth(self.centres, means, self.section.smoothing) or self.profile
+
+    def _build(self) -> None:
+        """From the profile to the table that is drawn from."""
+        section = self.section
+        self.pivot = self._pivot() if section.gate_order else None
+        weight = None
+        if section.weight_compensation == "full":
+            weight = self.facts.weight(self.centres.to(self.device)).cpu()
+        try:
+            learned = self.profile.density(self.pivot, section.gate_order, section.power, weight)
+        except ValueError:  # errors beyond all bounds: the old table is better
+            return
+        # the edges of the path to the last digit, not those recomputed from the centres
+        self.learned = Histogram(self.edges, learned.cumulative).mix(self.base_table, section.floor)
+        self._tables = self.base_table.to(self.device), self.learned.to(self.device)
+
+    def _pivot(self) -> float:
+        section, kind = self.section, self.section.data
+        if section.pivot is not None:
+            return section.pivot
+        if kind == "auto":
+            kind = "discrete" if self.facts.distinct_values <= FEW_VALUES else "continuous"
+        found = onset_pivot(self.profile, section.onset, self.scale) if kind == "continuous" else None
+        return found or PIVOTS[kind] * self.scale
+
+    def telemetry(self, before: Histogram | None = None) -> dict[str, Any]:
+        """What the table looks like, as plain numbers for a log.
+
+        Args:
+            before: The table it replaced.
+
+        Returns:
+            `cdf_change` (largest difference of the CDFs), `pivot`, `quantiles` (sigma at 5, 25, 50, 75, 95 % of the
+            draws), `effective_quantiles` (the same of draws times the loss's weight on the x0 error), `below_pivot`
+            (share of the draws), `ramped`, and the curves `log_sigma`, `x0_error`, `density`.
+        """
+        learned, profile = self.learned, self.profile
+        weight = self.facts.weight(self.centres.to(self.device)).cpu()
+        effective = Histogram.around(self.centres, learned.density * weight)
+        change = None if before is None else (learned.cumulative - before.cumulative).abs().max().item()
+        below = None if self.pivot is None else learned.cdf(torch.tensor([math.log(self.pivot)])).item()
+        return {
+            "cdf_change": change,
+            "pivot": self.pivot,
+            "quantiles": learned.quantiles(),
+            "effective_quantiles": effective.quantiles(),
+            "below_pivot": below,
+            "ramped": self.ramped,
+            "log_sigma": [round(value, 4) for value in self.centres.tolist()],
+            "x0_error": [float(f"{value:.4g}") for value in profile.x0_error.tolist()],
+            "density": [float(f"{value:.4g}") for value in learned.density.tolist()],
+        }
+
+    # -- keeping ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next draws and tables."""
+        profile = None if self.profile is None else self.profile.x0_error
+        counts = {"images": self.images, "refreshed": self.refreshed}
+        return {"buffer": self.buffer.state_dict(), "means": self.means, "x0_error": profile, **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave. Raises ValueError for tables of another size."""
+        if state["means"].shape != self.means.shape:
+            raise ValueError(f"a table of {len(state['means'])} bins was saved, noise.bins is {len(self.means)}")
+        self.buffer.load_state_dict(state["buffer"])
+        self.means = state["means"].cpu().clone()
+        self.images, self.refreshed = state["images"], state["refreshed"]
+        if state["x0_error"] is not None:
+            self.profile = Profile(self.centres, state["x0_error"].cpu().clone())
+            self._build()
