@@ -1,9 +1,9 @@
 """The information profile: how many nats a denoiser's errors show at each noise level, and the densities made from it.
 
-dH[x0 | x_sigma] / dlog sigma = mmse(sigma) / sigma^2 (Guo, Shamai & Verdu 2005, I-MMSE, with snr = sigma^-2). A denoiser's
-squared x0 error is never below the mmse, so that what is estimated from losses is an upper bound of the rate. InfoNoise
-(Raya et al. 2026, arXiv 2602.18647) draws training noise levels in proportion to this rate, gated at low noise, where
-continuous data has an unbounded amount of it. All densities here are per unit log sigma.
+dH[x0 | x_sigma] / dlog sigma = mmse(sigma) / sigma^2 (Guo, Shamai & Verdu 2005, I-MMSE, with snr = sigma^-2). The
+squared x0 error of a denoiser is never below the mmse, so that what is estimated from losses is an upper bound of the
+rate. InfoNoise (Raya et al. 2026, arXiv 2602.18647) draws training noise levels in proportion to this rate, gated at low
+noise, where continuous data has an unbounded amount of it. All densities here are per unit log sigma.
 
 Tensors only: no model, no recipe. Tables are float64.
 """
@@ -163,8 +163,8 @@ def fill_and_smooth(log_sigma: Tensor, x0_error: Tensor, smoothing: float) -> Pr
     """A whole profile from the means of the bins that were seen.
 
     Empty bins are interpolated in log x0_error over log sigma. Beyond the seen ones, the rate is held at low noise (the
-    limit of continuous data, and more than discrete data has) and the error at high noise (where it is the variance of the
-    data). Then log x0_error is smoothed with a Gaussian, without bending straight lines at the ends.
+    limit of continuous data, and more than discrete data has) and the error at high noise (where it is the variance of
+    the data). Then log x0_error is smoothed with a Gaussian, without bending straight lines at the ends.
 
     Args:
         log_sigma: Bin centres [K], evenly spaced.
@@ -201,17 +201,17 @@ def _smooth(values: Tensor, std: float) -> Tensor:
 def onset_pivot(profile: Profile, threshold: float, scale: float = 1.0) -> float | None:
     """The sigma at which information sets in, coming down from high noise.
 
-    r = x0_error / sigma^3, the rate per unit sigma, over its maximum; the pivot is the largest sigma at which it reaches
-    the threshold (Raya et al. 2026, appendix B.6 as its readers give it; CIFAR-10 yields about 0.15). The maximum depends on
-    where the grid begins: levels below 0.002 * scale and above 80 * scale, EDM's range, are not looked at.
+    r = x0_error / sigma^3, the rate per unit sigma, over its maximum; the pivot is the largest sigma at which it
+    reaches the threshold (Raya et al. 2026, appendix B.6 as its readers give it; CIFAR-10 yields about 0.15). The maximum
+    depends on where the grid begins: levels below 0.002 * scale and above 80 * scale, EDM's range, are not looked at.
 
     Args:
         threshold: Share p of the maximum (0.002).
         scale: Standard deviation of the data over EDM's 0.5.
 
     Returns:
-        The pivot; None when the rule says nothing (it lands in the lowest twentieth or the upper quarter of EDM's range,
-        as a flat or rising rate or discrete data make it do).
+        The pivot; None when the rule says nothing: it lands in the lowest twentieth or the upper quarter of EDM's
+        range, as a rate without a rise towards low noise makes it do.
     """
     low, high = math.log(0.002 * scale), math.log(80 * scale)
     inside = (profile.log_sigma >= low - 1e-9) & (profile.log_sigma <= high + 1e-9)

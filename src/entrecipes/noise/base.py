@@ -31,9 +31,9 @@ class RunFacts:
 class NoiseSampler(Protocol):
     """Draws the noise levels of each batch.
 
-    Called by the registry as `Sampler(section, path=path, device=device, facts=RunFacts(...))`. Every process draws for the whole batch with
-    equally seeded generators and records the whole batch, so that all hold the same state. What is not overridden here
-    does nothing: a fixed distribution only draws.
+    Called by the registry as `Sampler(section, path=path, device=device, facts=RunFacts(...))`. Every process draws for
+    the whole batch with equally seeded generators and records the whole batch, so that all hold the same state. What is
+    not overridden here does nothing: a fixed distribution only draws.
     """
 
     records: ClassVar[bool] = False

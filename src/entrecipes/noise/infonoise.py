@@ -1,9 +1,9 @@
 """InfoNoise: training noise levels drawn in proportion to the information rate that the run's own losses show.
 
-Raya et al. 2026 (arXiv 2602.18647). Only the density of the noise levels changes: objective, weighting and model stay as
-they are. The run begins with a fixed distribution; from the x0 errors of its last batches the rate x0_error / sigma^2 is
-estimated, gated at low noise, normalised, and drawn from by its inverse CDF. What the published sources leave open has a
-key in the recipe: see [`InfoNoiseSection`].
+Raya et al. 2026 (arXiv 2602.18647). Only the density of the noise levels changes: objective, weighting and model stay
+as they are. The run begins with a fixed distribution; from the x0 errors of its last batches the rate, x0_error /
+sigma^2, is estimated, gated at low noise, normalised, and drawn from by its inverse CDF. What the published sources leave
+open has a key in the recipe: see [`InfoNoiseSection`].
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class InfoNoise(NoiseSampler):
     # -- drawing ----------------------------------------------------------------------------------------------------
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw n levels, each from its own 1/n of the distribution; the objective is this draw's, so all weights are 1."""
+        """Draw n levels, each from its own 1/n of the distribution; it defines the objective, so weights are 1."""
         if self._tables is None or not self.ramped:
             return self.base.sample(n, generator)
         base, learned = self._tables

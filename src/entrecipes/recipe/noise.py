@@ -104,8 +104,8 @@ class InfoNoiseSection(Section):
     data: Literal["auto", "continuous", "discrete"] = "auto"
     """Decides where the gate's pivot comes from; auto: discrete when the data takes at most eight different values."""
     pivot: float | None = Field(None, gt=0)
-    """Sigma at which the gate is one half; null: by the onset rule for continuous data (0.15 where it says nothing), 0.2
-    for discrete data, both times the data's deviation over 0.5."""
+    """Sigma at which the gate is one half; null: by the onset rule for continuous data (0.15 where it says nothing),
+    0.2 for discrete data, both times the data's deviation over 0.5."""
     onset: float = Field(0.002, gt=0, lt=1)
     """The pivot is the largest sigma at which the rate per unit sigma reaches this share of its maximum."""
     gate_order: int = Field(3, ge=0)
@@ -127,7 +127,7 @@ class InfoNoiseSection(Section):
     buffer: PositiveCount | None = None
     """Last errors that an estimate is made from; null: a tenth of the run, from 10,000 to 100,000."""
     new_weight: float | None = Field(None, gt=0, le=1)
-    """Weight of the errors since the last rebuild in a running mean over rebuilds; null: the plain mean of the buffer."""
+    """Weight of the errors since the last rebuild in a running mean over rebuilds; null: the buffer's plain mean."""
     smoothing: float = Field(1.5, ge=0)
     """Standard deviation, in bins, of the Gaussian that smooths the logarithm of the error."""
 
