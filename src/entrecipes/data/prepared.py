@@ -91,6 +91,8 @@ def load(section: PreparedData, *, image_size: int, channels: int) -> Splits:
         UserError: It has not been built, or drawn smaller than the model takes; missing columns.
     """
     source, folder = find_source(section.name), prepared_folder(section.name)
+    if source.alphabet is not None:
+        raise UserError(f"data.name: '{section.name}' holds sequences; say data.type: sequences")
     noted = facts(folder)
     command = f"entrecipes data prepare {section.name}" + (f" --size {image_size}" if source.any_size else "")
     if noted is None:
@@ -116,12 +118,14 @@ def read_prepared(folder: Path) -> Table:
 
 
 def _table(source: Source, files: list[Path], options: Options) -> datasets.Dataset:
-    """All rows of a source with their images as PNG; classes in the order of their names."""
+    """All rows of a source, images as PNG; classes in the order of their names."""
     columns: dict[str, list[Any]] = {}
     for row in _encoded(source.rows(files, options)):
         for key, value in row.items():
             columns.setdefault(key, []).append(value)
-    features: dict[str, Any] = {key: datasets.Value("string") for key in columns} | {"image": datasets.Image()}
+    features: dict[str, Any] = {key: datasets.Value("string") for key in columns}
+    if "image" in columns:
+        features["image"] = datasets.Image()
     if "label" in columns:
         features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
         columns["label"] = features["label"].str2int(columns["label"])
@@ -136,6 +140,9 @@ def _table(source: Source, files: list[Path], options: Options) -> datasets.Data
 
 def _encoded(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
+        if "image" not in row:
+            yield row
+            continue
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(row["image"])).save(buffer, "PNG")
         yield row | {"image": {"bytes": buffer.getvalue(), "path": None}}

@@ -128,8 +128,8 @@ def label_names(parts: Iterable[datasets.Dataset], column: str, place: str) -> t
     return tuple(str(value) for value in sorted(set(values)))
 
 
-def _labels(dataset: datasets.Dataset, column: str, names: tuple[str, ...]) -> Tensor:
-    """int64 [N]: positions in `names`."""
+def labels_of(dataset: datasets.Dataset, column: str, names: tuple[str, ...]) -> Tensor:
+    """The column as positions in `names`, int64 [N]."""
     values = dataset[column][:]
     if not isinstance(dataset.features[column], datasets.ClassLabel):
         position = {name: index for index, name in enumerate(names)}
@@ -163,7 +163,7 @@ def _image_set(
         source=table.source,
         license=table.license,
         label_names=names,
-        labels=None if names is None else _labels(dataset, section.label_column, names),
+        labels=None if names is None else labels_of(dataset, section.label_column, names),
         captions=None if caption_column is None else _captions(dataset, caption_column, table.place),
         rows=rows,
         fingerprint=fingerprint(TRANSFORM_VERSION, dataset._fingerprint, column, image_size, channels),

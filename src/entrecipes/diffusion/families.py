@@ -15,7 +15,9 @@ from diffusers import ConsistencyModelPipeline, DiffusionPipeline, DiTPipeline, 
 from torch import Tensor
 
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
+from entrecipes.diffusion.space import PixelSpace, Space, SymbolSpace
 from entrecipes.errors import UserError
+from entrecipes.models.sequence import SequencePipeline
 
 
 class Family(ABC):
@@ -27,6 +29,8 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     guidance: ClassVar[bool]
     """Whether the stock pipeline offers classifier-free guidance."""
+    sequences: ClassVar[bool] = False
+    """Whether the model denoises sequences of symbols, not images."""
 
     @abstractmethod
     def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
@@ -49,13 +53,26 @@ class Family(ABC):
         guidance_scale: float,
         generator: list[torch.Generator],
     ) -> Tensor:
-        """Sample with the stock pipeline: [num_images, C, H, W] in [0, 1]."""
+        """Sample with the family's pipeline: uint8 [num_images, ...], as a data set holds them."""
         asked = self.asked_for(labels, num_images, guidance_scale)
-        return pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
+        images = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
+        return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
         """The stock pipeline around `model`."""
         return self.pipeline_class(**{self.component: model, "scheduler": scheduler})
+
+    def channels(self, model: ModelMixin) -> int:
+        """Channels that the model denoises."""
+        return model.config.in_channels
+
+    def sample_shape(self, channels: int, size: int) -> tuple[int, ...]:
+        """The shape of one sample as a data set holds it."""
+        return channels, size, size
+
+    def space(self, model: ModelMixin) -> Space:
+        """Where the model diffuses when it has no VAE."""
+        return PixelSpace()
 
     def null_label(self, model: ModelMixin) -> int | None:
         """The label that stands for "no class" in guidance; None where the pipeline has no guidance."""
@@ -174,7 +191,48 @@ class DiT(Family):
         return {"class_labels": labels, "guidance_scale": guidance_scale}
 
 
-FAMILIES: dict[str, Family] = {family.model_class: family for family in (UNet2D(), DiT())}
+class SequenceTransformer1D(Family):
+    """`SequenceTransformer1DModel` on one-hot symbols, published as our own `SequencePipeline`."""
+
+    model_class = "SequenceTransformer1DModel"
+    component = "transformer"
+    pipeline_class = SequencePipeline
+    guidance = False
+    sequences = True
+
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        return model(sample, timestep, class_labels=labels, return_dict=False)[0]
+
+    def num_classes(self, model: ModelMixin) -> int | None:
+        return model.config.num_class_embeds
+
+    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"batch_size": num_images, "class_labels": labels}
+
+    def generate(
+        self,
+        pipeline: DiffusionPipeline,
+        labels: list[int] | None,
+        num_images: int,
+        steps: int,
+        guidance_scale: float,
+        generator: list[torch.Generator],
+    ) -> Tensor:
+        """Sample with the pipeline: symbol ids uint8 [num_images, L]."""
+        asked = self.asked_for(labels, num_images, guidance_scale)
+        return pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="ids").sequences
+
+    def channels(self, model: ModelMixin) -> int:
+        return len(model.config.alphabet)
+
+    def sample_shape(self, channels: int, size: int) -> tuple[int, ...]:
+        return (size,)
+
+    def space(self, model: ModelMixin) -> Space:
+        return SymbolSpace(model.config.alphabet)
+
+
+FAMILIES: dict[str, Family] = {family.model_class: family for family in (UNet2D(), DiT(), SequenceTransformer1D())}
 
 
 def family_of(model_class: str) -> Family:

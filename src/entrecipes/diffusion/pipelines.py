@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 
+import entrecipes
 from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.diffusion.pixel_vae import is_pixel_vae
@@ -40,14 +41,19 @@ class Components:
 
     @property
     def channels(self) -> int:
-        """Channels of the images (not of the latents)."""
-        return self.vae.config.in_channels if self.vae else self.model.config.in_channels
+        """Channels of the images (not of the latents), or symbols of the alphabet."""
+        return self.vae.config.in_channels if self.vae else self.family.channels(self.model)
 
     @property
     def image_size(self) -> int:
-        """Side of the images in pixels that the model's sample size stands for."""
+        """Side of the images in pixels that the model's sample size stands for, or symbols in a sequence."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae else 1
         return self.model.config.sample_size * factor
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample as the data set holds it."""
+        return self.family.sample_shape(self.channels, self.image_size)
 
 
 def best_device() -> torch.device:
@@ -131,7 +137,7 @@ def _known(name: str, options: Any, key: str) -> str:
 
 def _instantiate(component: Component, key: str) -> Any:
     """Call a diffusers class, refusing arguments that it would ignore (`from_config` only warns)."""
-    cls = getattr(diffusers, component.class_name)
+    cls = getattr(diffusers, component.class_name, None) or getattr(entrecipes, component.class_name)
     known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for name in component.config:
         if name not in known:

@@ -73,8 +73,7 @@ class Evaluator:
             raise
         except Exception as error:  # whatever a config that diffusers accepts leads to: said now rather than at the end
             raise UserError(f"pipeline: this model does not work in {pipeline}: {error}") from error
-        size, channels = self.components.image_size, self.components.channels
-        if prediction.shape != target.shape or samples.shape[1:] != (channels, size, size):
+        if prediction.shape != target.shape or samples.shape[1:] != self.components.sample_shape:
             raise UserError(
                 f"pipeline: the model predicts {list(prediction.shape[1:])} for {list(target.shape[1:])} and samples "
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
@@ -126,7 +125,7 @@ class Evaluator:
     def samples(
         self, model: ModelMixin, count: int, labels: list[int] | None = None, steps: int | None = None
     ) -> Tensor:
-        """uint8 images [count, C, H, W] on the CPU from the stock pipeline around `model`, classes in turn."""
+        """uint8 samples [count, ...] on the CPU from the stock pipeline around `model`, classes in turn."""
         section, num_classes = self.section, self.data.num_classes
         if labels is None and num_classes:
             labels = balanced_labels(count, num_classes)

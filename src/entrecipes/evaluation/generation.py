@@ -47,7 +47,7 @@ def generate(
         shard: Processes that share the work; every one gets all images.
 
     Returns:
-        uint8 [count, C, H, W] on the CPU.
+        uint8 [count, C, H, W] (sequences: symbol ids [count, L]) on the CPU.
     """
     share = -(-count // shard.world_size)
     mine = [min(i, count - 1) for i in range(shard.rank * share, (shard.rank + 1) * share)]
@@ -56,6 +56,5 @@ def generate(
         indices = mine[start : start + batch_size]
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
         wanted = [labels[i] for i in indices] if labels is not None else None
-        samples = family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators)
-        images.append(samples.float().clamp(0, 1).mul(255).round().to(torch.uint8))
+        images.append(family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators))
     return shard.gather(torch.cat(images))[:count].cpu()

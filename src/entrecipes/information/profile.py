@@ -1,9 +1,9 @@
 """The information profile: how many nats a denoiser's errors show at each noise level, and the densities made from it.
 
 dH[x0 | x_sigma] / dlog sigma = mmse(sigma) / sigma^2 (Guo, Shamai & Verdu 2005, I-MMSE, with snr = sigma^-2). The
-squared x0 error of a denoiser is never below the mmse, so that what is estimated from losses is an upper bound of the
-rate. InfoNoise (Raya et al. 2026, arXiv 2602.18647) draws training noise levels in proportion to this rate, gated at low
-noise, where continuous data has an unbounded amount of it. All densities here are per unit log sigma.
+squared x0 error of a denoiser is never below the mmse, so that what losses tell is an upper bound of the rate.
+InfoNoise (Raya et al. 2026, arXiv 2602.18647) draws training noise levels in proportion to it, gated at low noise, where
+continuous data has an unbounded amount of it. All densities here are per unit log sigma.
 
 Tensors only: no model, no recipe. Tables are float64.
 """
@@ -202,7 +202,7 @@ def onset_pivot(profile: Profile, threshold: float, scale: float = 1.0) -> float
     """The sigma at which information sets in, coming down from high noise.
 
     r = x0_error / sigma^3, the rate per unit sigma, over its maximum; the pivot is the largest sigma at which it
-    reaches the threshold (Raya et al. 2026, appendix B.6 as its readers give it; CIFAR-10 yields about 0.15). The maximum
+    reaches the threshold (Raya et al. 2026, appendix B.6 as its readers give it; about 0.15 on CIFAR-10). The maximum
     depends on where the grid begins: levels below 0.002 * scale and above 80 * scale, EDM's range, are not looked at.
 
     Args:

@@ -2,8 +2,8 @@
 
 Raya et al. 2026 (arXiv 2602.18647). Only the density of the noise levels changes: objective, weighting and model stay
 as they are. The run begins with a fixed distribution; from the x0 errors of its last batches the rate, x0_error /
-sigma^2, is estimated, gated at low noise, normalised, and drawn from by its inverse CDF. What the published sources leave
-open has a key in the recipe: see [`InfoNoiseSection`].
+sigma^2, is estimated, gated at low noise, normalised, and drawn from by its inverse CDF. What the published sources
+leave open has a key in the recipe: see [`InfoNoiseSection`].
 """
 
 from __future__ import annotations

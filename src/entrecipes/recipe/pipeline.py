@@ -19,10 +19,10 @@ class Component(Section):
 
 
 class Model(Component):
-    """The denoising network: a diffusers class that has a family here, and its configuration."""
+    """The denoising network: a class of diffusers or of ours that has a family here, and its configuration."""
 
-    class_name: Literal["UNet2DModel", "DiTTransformer2DModel"] = Field(alias="class")
-    """Name of a diffusers class."""
+    class_name: Literal["UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel"] = Field(alias="class")
+    """Name of a diffusers class, or of one of `entrecipes.models`."""
 
 
 class Build(Section):

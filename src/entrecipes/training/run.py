@@ -189,7 +189,7 @@ class Run:
             rank=self.accelerator.process_index,
             world_size=self.world_size,
             device=self.device,
-            flip=self.recipe.data.horizontal_flip,
+            flip=getattr(self.recipe.data, "horizontal_flip", False),
             num_workers=getattr(self.recipe.data, "num_workers", 0),
         )
 
@@ -313,7 +313,7 @@ class Run:
             if self.folder and self.due(training.sample_every, before):
                 images, columns = evaluator.grid(self.eval_model)
                 if self.accelerator.is_main_process:
-                    save_grid(images, self.grid_path, columns)
+                    save_grid(self.space.pictures(images), self.grid_path, columns)
             if metrics_due:
                 origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
                 for metric in evaluator.metrics(self.eval_model, nats, origin):

@@ -29,7 +29,8 @@ class Source:
 
     `rows(files, options)` reads the downloaded `files` (one a package, in order) and gives one dict an image: `image`
     (uint8 [H, W] or [H, W, 3]) and, where known, `label` (class name), `caption`, `group` (images of one group must not
-    be split between training and held out). It raises UserError when the files do not hold what was pinned.
+    be split between training and held out); or one dict a sequence: `sequence` (a string), `label`, `title`. It raises
+    UserError when the files do not hold what was pinned.
     """
 
     name: str
@@ -40,6 +41,10 @@ class Source:
     rows: Callable[[list[Path], Options], Iterator[dict[str, Any]]]
     any_size: bool = False
     """Drawn (or cut) at the size asked for, in place of coming in one size."""
+    alphabet: str | None = None
+    """Sequences: their symbols, in the order of their ids; None: images."""
+    independent: bool = False
+    """Sequences: each is an example of its own, held out at random, not a long text whose end is held out."""
 
 
 def expect(truth: bool, what: str, archive: Path) -> None:
