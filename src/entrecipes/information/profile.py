@@ -2,7 +2,7 @@
 
 dH[x0 | x_sigma] / dlog sigma = mmse(sigma) / sigma^2 (Guo, Shamai & Verdu 2005, I-MMSE, with snr = sigma^-2). The
 squared x0 error of a denoiser is never below the mmse, so that what losses tell is an upper bound of the rate.
-InfoNoise (Raya et al. 2026, arXiv 2602.18647) draws training noise levels in proportion to it, gated at low noise, where
+InfoNoise (Raya et al. 2026, arXiv 2602.18647) draws training noise in proportion to it, gated at low noise, where
 continuous data has an unbounded amount of it. All densities here are per unit log sigma.
 
 Tensors only: no model, no recipe. Tables are float64.
