@@ -1,0 +1,140 @@
+"""Sequences of symbols as a data set: windows of one length, cut from texts, genomes or a set of short sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from entrecipes.data.images import ImageSet, Splits, fingerprint, split_indices
+from entrecipes.data.prepared import facts, prepared_folder, read_prepared
+from entrecipes.data.sources import source as find_source
+from entrecipes.data.sources.sequences import TEXT, plain_text
+from entrecipes.data.tables import label_names, labels_of, require_columns
+from entrecipes.errors import UserError
+from entrecipes.recipe.data import SequenceData
+
+EMBEDDED = "pride"
+EMBEDDED_SOURCE = "The opening chapters of Jane Austen's Pride and Prejudice (1813) as letters and spaces, 27 symbols."
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Whole sequences, not yet split or cut into windows.
+
+    Attributes:
+        alphabet: The symbols that occur, in the order of their ids.
+        texts: The sequences.
+        independent: Each sequence is an example of its own (so that they are split at random), not a stretch of a text.
+    """
+
+    name: str
+    source: str
+    license: str
+    alphabet: str
+    texts: list[str]
+    labels: torch.Tensor | None = None
+    label_names: tuple[str, ...] | None = None
+    independent: bool = False
+
+
+def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
+    """Windows uint8 [N, length] of symbol ids, and their labels where the set has them.
+
+    Texts and genomes are held out from their end, so that no window of one side overlaps one of the other; sequences
+    that are examples of their own are drawn. Held-out windows never overlap each other.
+
+    Raises:
+        UserError: The set is not prepared, holds no sequences or another alphabet, or is too short for a window.
+    """
+    whole = _embedded() if section.name == EMBEDDED else _prepared(section)
+    if whole.alphabet != alphabet:
+        raise UserError(
+            f"data.name: '{section.name}' is written in the {len(whole.alphabet)} symbols '{whole.alphabet}', but the "
+            f"model's are '{alphabet}'; set pipeline.build.model.config.alphabet: '{whole.alphabet}'"
+        )
+    train, held_out = _split(whole, section)
+    stride = section.stride or length
+    splits = Splits(_windows(whole, train, length, stride), _windows(whole, held_out, length, length))
+    if splits.train is None or (section.held_out and splits.held_out is None):
+        longest = max(len(text) for _, text in train)
+        raise UserError(
+            f"data: no window of {length} symbols fits into '{section.name}' (its longest training part has {longest} "
+            f"symbols) on both sides of the split; lower the model's sample_size, or change data.held_out"
+        )
+    if section.max_images:
+        keep = np.random.default_rng(section.split_seed).permutation(len(splits.train))[: section.max_images]
+        splits.train = splits.train.subset(np.sort(keep).tolist())
+    return splits
+
+
+Parts = list[tuple[int, str]]
+"""Stretches of sequences, each with the number of its sequence."""
+
+
+def _split(whole: Sequences, section: SequenceData) -> tuple[Parts, Parts]:
+    numbered = list(enumerate(whole.texts))
+    if whole.independent:
+        train, kept = split_indices(len(numbered), section.held_out, section.split_seed, place="data")
+        return [numbered[i] for i in train], [numbered[i] for i in kept]
+    cuts = [len(text) - round(len(text) * section.held_out) for text in whole.texts]
+    before = [(i, text[:cut]) for (i, text), cut in zip(numbered, cuts, strict=True)]
+    return before, [(i, text[cut:]) for (i, text), cut in zip(numbered, cuts, strict=True)]
+
+
+def _windows(whole: Sequences, parts: Parts, length: int, stride: int) -> ImageSet | None:
+    """All windows of the parts as a set in memory; None when there are none."""
+    ids = np.full(256, 255, np.uint8)
+    ids[np.frombuffer(whole.alphabet.encode("ascii"), np.uint8)] = np.arange(len(whole.alphabet))
+    cut, owners = [np.empty((0, length), np.uint8)], []
+    for number, text in parts:
+        if len(text) >= length:
+            symbols = ids[np.frombuffer(text.encode("ascii"), np.uint8)]
+            cut.append(np.lib.stride_tricks.sliding_window_view(symbols, length)[::stride])
+            owners += [number] * len(cut[-1])
+    if not owners:
+        return None
+    windows = torch.from_numpy(np.concatenate(cut))
+    return ImageSet(
+        name=whole.name,
+        source=whole.source,
+        license=whole.license,
+        label_names=whole.label_names,
+        labels=None if whole.labels is None else whole.labels[owners],
+        tensor=windows,
+        fingerprint=fingerprint(whole.name, whole.alphabet, windows, whole.labels),
+    )
+
+
+def _embedded() -> Sequences:
+    text = plain_text(Path(__file__).with_name(f"{EMBEDDED}.txt").read_text(encoding="utf-8"))
+    return Sequences(EMBEDDED, EMBEDDED_SOURCE, "public domain", TEXT, [text])
+
+
+def _prepared(section: SequenceData) -> Sequences:
+    """A set that `entrecipes data prepare` has built."""
+    source, folder = find_source(section.name), prepared_folder(section.name)
+    if source.alphabet is None:
+        raise UserError(f"data.name: '{section.name}' holds images; say data.type: prepared")
+    if facts(folder) is None:
+        command = f"entrecipes data prepare {section.name}"
+        raise UserError(f"data.name: '{section.name}' is not prepared on this machine yet: run `{command}`")
+    table = read_prepared(folder)
+    columns, names = table.dataset.column_names, None
+    if section.label_column in columns:
+        names = label_names([table.dataset], section.label_column, table.place)
+    elif section.label_column not in (None, "label"):
+        require_columns(columns, {"label_column": section.label_column}, table.place)
+    return Sequences(
+        name=table.name,
+        source=table.source,
+        license=table.license,
+        alphabet=source.alphabet,
+        texts=table.dataset["sequence"][:],
+        labels=None if names is None else labels_of(table.dataset, section.label_column, names),
+        label_names=names,
+        independent=source.independent,
+    )
