@@ -29,6 +29,26 @@ FEW_VALUES = 8
 """`data: auto` takes data with at most so many distinct values for discrete: binary images, one-hot symbols."""
 
 
+def data_kind(section: InfoNoiseSection, facts: RunFacts) -> str:
+    """`continuous` or `discrete`, as the section says or the data shows."""
+    if section.data != "auto":
+        return section.data
+    return "discrete" if facts.distinct_values <= FEW_VALUES else "continuous"
+
+
+def gate_pivot(section: InfoNoiseSection, profile: Profile, facts: RunFacts) -> tuple[float, str]:
+    """The sigma at which the gate is one half, in units of the data, and where it comes from.
+
+    Returns:
+        The pivot, and `pinned` (the section's own), `onset` (the onset rule) or `usual` (see [`PIVOTS`]).
+    """
+    if section.pivot is not None:
+        return section.pivot, "pinned"
+    scale, kind = facts.data_std / IMAGE_DATA_STD, data_kind(section, facts)
+    found = onset_pivot(profile, section.onset, scale) if kind == "continuous" else None
+    return (found, "onset") if found else (PIVOTS[kind] * scale, "usual")
+
+
 class InfoNoise(NoiseSampler):
     """The learned schedule. A table of K bins over the path's noise levels, rebuilt every so many images.
 
@@ -64,7 +84,6 @@ class InfoNoise(NoiseSampler):
         self.edges = torch.linspace(path.log_sigma_min, path.log_sigma_max, section.bins + 1, dtype=torch.float64)
         self.centres = (self.edges[1:] + self.edges[:-1]) / 2
         self.base_table = Histogram(self.edges, self.base.cdf(self.edges))
-        self.scale = facts.data_std / IMAGE_DATA_STD
 
         self.warmup = section.warmup or max(1, facts.images // 20)
         self.ramp = self.warmup if section.ramp is None else section.ramp
@@ -133,7 +152,7 @@ class InfoNoise(NoiseSampler):
     def _build(self) -> None:
         """From the profile to the table that is drawn from."""
         section = self.section
-        self.pivot = self._pivot() if section.gate_order else None
+        self.pivot = gate_pivot(section, self.profile, self.facts)[0] if section.gate_order else None
         weight = None
         if section.weight_compensation == "full":
             weight = self.facts.weight(self.centres.to(self.device)).cpu()
@@ -145,15 +164,6 @@ class InfoNoise(NoiseSampler):
         self.learned = Histogram(self.edges, learned.cumulative).mix(self.base_table, section.floor)
         self._tables = self.base_table.to(self.device), self.learned.to(self.device)
 
-    def _pivot(self) -> float:
-        section, kind = self.section, self.section.data
-        if section.pivot is not None:
-            return section.pivot
-        if kind == "auto":
-            kind = "discrete" if self.facts.distinct_values <= FEW_VALUES else "continuous"
-        found = onset_pivot(self.profile, section.onset, self.scale) if kind == "continuous" else None
-        return found or PIVOTS[kind] * self.scale
-
     def telemetry(self, before: Histogram | None = None) -> dict[str, Any]:
         """What the table looks like, as plain numbers for a log.
 
@@ -163,14 +173,15 @@ class InfoNoise(NoiseSampler):
         Returns:
             `cdf_change` (largest difference of the CDFs), `pivot`, `quantiles` (sigma at 5, 25, 50, 75, 95 % of the
             draws), `effective_quantiles` (the same of draws times the loss's weight on the x0 error), `below_pivot`
-            (share of the draws), `ramped`, and the curves `log_sigma`, `x0_error`, `density`.
+            (share of the draws), `ramped`, and the curves `log_sigma`, `x0_error`, `density`; with the first table also
+            `base_density`, which it takes over from.
         """
         learned, profile = self.learned, self.profile
         weight = self.facts.weight(self.centres.to(self.device)).cpu()
         effective = Histogram.around(self.centres, learned.density * weight)
         change = None if before is None else (learned.cumulative - before.cumulative).abs().max().item()
         below = None if self.pivot is None else learned.cdf(torch.tensor([math.log(self.pivot)])).item()
-        return {
+        row = {
             "cdf_change": change,
             "pivot": self.pivot,
             "quantiles": learned.quantiles(),
@@ -178,9 +189,10 @@ class InfoNoise(NoiseSampler):
             "below_pivot": below,
             "ramped": self.ramped,
             "log_sigma": [round(value, 4) for value in self.centres.tolist()],
-            "x0_error": [float(f"{value:.4g}") for value in profile.x0_error.tolist()],
-            "density": [float(f"{value:.4g}") for value in learned.density.tolist()],
+            "x0_error": _four_digits(profile.x0_error),
+            "density": _four_digits(learned.density),
         }
+        return row if before is not None else row | {"base_density": _four_digits(self.base_table.density)}
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 
@@ -200,3 +212,7 @@ class InfoNoise(NoiseSampler):
         if state["x0_error"] is not None:
             self.profile = Profile(self.centres, state["x0_error"].cpu().clone())
             self._build()
+
+
+def _four_digits(values: Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]
