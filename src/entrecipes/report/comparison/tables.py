@@ -1,0 +1,215 @@
+"""A comparison in words and tables: the same for the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from entrecipes.report.comparison.arms import MEMORY, SECONDS, SPEED, TRAIN_NATS, Spread
+from entrecipes.report.comparison.comparison import Comparison
+from entrecipes.report.facts import number
+
+NOT_REACHED = "not reached"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a header, and rows of text; the first column names the row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def to_text(self) -> str:
+        """Aligned with spaces, for a terminal."""
+        cells = [self.header, *self.rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(self.header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join([self.title, *(f"  {line.rstrip()}" for line in lines)])
+
+    def to_markdown(self) -> str:
+        """A table as GitHub draws it."""
+        rows = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The speed-ups, the compared metric, and every other final number."""
+    if not comparison.others:
+        return [_only(comparison)]
+    return [_speedups(comparison), _metric(comparison), *(_number(comparison, name) for name in _other(comparison))]
+
+
+def headlines(comparison: Comparison) -> list[str]:
+    """One sentence for each arm: how many times fewer images and seconds it needs."""
+    return [_headline(comparison, arm) for arm in comparison.others if comparison.speedup(arm)]
+
+
+def better(comparison: Comparison, name: str) -> bool | None:
+    """Whether higher is better for a final number; None when it is neither."""
+    known = {
+        TRAIN_NATS: False,
+        SECONDS: False,
+        MEMORY: False,
+        SPEED: True,
+        comparison.metric: comparison.higher_is_better,
+    }
+    found = (run.metrics[name].higher_is_better for run in comparison.runs if run.finished and name in run.metrics)
+    return next(found, known.get(name))
+
+
+def factor(value: float | None) -> str:
+    """`1.43x`."""
+    if value is None or math.isnan(value):
+        return "-"
+    return NOT_REACHED if math.isinf(value) else f"{value:.2f}x"
+
+
+def factors(spread: Spread) -> str:
+    """The median and, of several seeds, the lowest and highest: `1.43x (1.31 to 1.52)`."""
+    if not spread:
+        return "-"
+    text = factor(spread.median)
+    if len(spread.by_seed) == 1 or math.isinf(spread.high):
+        return text
+    low = "not reached" if math.isinf(spread.low) else f"{spread.low:.2f}"
+    return f"{text} ({low} to {spread.high:.2f})"
+
+
+def spread_text(spread: Spread) -> str:
+    """The mean and, of several seeds, the lowest and highest: `24.86 (24.75 to 24.97)`."""
+    if not spread:
+        return "-"
+    text = number(spread.mean)
+    return text if len(spread.by_seed) == 1 else f"{text} ({number(spread.low)} to {number(spread.high)})"
+
+
+def count_text(spread: Spread) -> str:
+    """The median of image counts or seconds with the lowest and highest; some may be `not reached`."""
+    if not spread:
+        return "-"
+    median, low, high = (NOT_REACHED if math.isinf(v) else number(v) for v in (spread.median, spread.low, spread.high))
+    return median if len(spread.by_seed) == 1 or math.isinf(spread.low) else f"{median} ({low} to {high})"
+
+
+def difference_text(spread: Spread) -> str:
+    """The mean of paired differences with the lowest and highest, signed."""
+    if not spread:
+        return "-"
+    mean, low, high = (f"{'+' if v > 0 else ''}{number(v)}" for v in (spread.mean, spread.low, spread.high))
+    return mean if len(spread.by_seed) == 1 else f"{mean} ({low} to {high})"
+
+
+def target_text(comparison: Comparison) -> str:
+    """What has to be reached, in words."""
+    if comparison.fixed_target is not None:
+        return f"{comparison.metric} of {number(comparison.fixed_target)}"
+    finals = comparison.final(comparison.baseline)
+    return f"{comparison.baseline}'s final {comparison.metric} ({number(finals.mean) if finals else 'not measured'})"
+
+
+def seeds_text(comparison: Comparison) -> str:
+    """`seeds 0, 1, 2`."""
+    return f"seed{'s' * (len(comparison.seeds) > 1)} {', '.join(map(str, comparison.seeds))}"
+
+
+def _other(comparison: Comparison) -> list[str]:
+    return [name for name in comparison.value_names if name != comparison.metric]
+
+
+def _direction(comparison: Comparison, name: str) -> str:
+    higher = better(comparison, name)
+    return "" if higher is None else f" ({'higher' if higher else 'lower'} is better)"
+
+
+def _speedups(comparison: Comparison) -> Table:
+    rows = []
+    for arm in comparison.arms:
+        images, seconds = comparison.images_to_target(arm), comparison.seconds_to_target(arm)
+        ratios = [factors(comparison.speedup(arm)), factors(comparison.speedup(arm, "seconds"))]
+        mean = factor(comparison.mean_speedup(arm))
+        of_budget = factors(comparison.budget_ratio(arm))
+        if arm == comparison.baseline:
+            ratios, mean = ["baseline", "baseline"], "baseline"
+        rows.append([arm, count_text(images), count_text(seconds), *ratios, mean, of_budget])
+    header = [
+        "arm",
+        "images",
+        "seconds",
+        "fewer images",
+        "fewer seconds",
+        "images, mean curves",
+        "whole budget / images",
+    ]
+    title = f"to reach {target_text(comparison)}: median (lowest to highest) over {seeds_text(comparison)}"
+    return Table(title, header, rows)
+
+
+def _metric(comparison: Comparison) -> Table:
+    rows = []
+    base_final, base_best = comparison.final(comparison.baseline), comparison.best(comparison.baseline)
+    for arm in comparison.arms:
+        final, best = comparison.final(arm), comparison.best(arm)
+        row = [arm, spread_text(final), spread_text(best)]
+        gaps = [comparison.paired(final, base_final), comparison.paired(best, base_best)]
+        texts = [difference_text(gap) for gap in gaps] if arm != comparison.baseline else ["baseline", "baseline"]
+        rows.append([*row, *texts, "" if arm == comparison.baseline else _wins(gaps[0], comparison.higher_is_better)])
+    header = ["arm", "final", "best", "final - baseline", "best - baseline", "better"]
+    title = f"{comparison.metric}{_direction(comparison, comparison.metric)}: mean (lowest to highest)"
+    return Table(title, header, rows)
+
+
+def _number(comparison: Comparison, name: str) -> Table:
+    rows, base = [], comparison.values(comparison.baseline, name)
+    for arm in comparison.arms:
+        own = comparison.values(arm, name)
+        gap = comparison.paired(own, base)
+        texts = [difference_text(gap), _wins(gap, better(comparison, name))]
+        rows.append([arm, spread_text(own), *(texts if arm != comparison.baseline else ["baseline", ""])])
+    title = f"{name}{_direction(comparison, name)}: mean (lowest to highest)"
+    return Table(title, ["arm", "final", "final - baseline", "better"], rows)
+
+
+def _only(comparison: Comparison) -> Table:
+    """Of a single arm: every number with its spread."""
+    arm = comparison.baseline
+    numbers = {f"best {comparison.metric}": comparison.best(arm)}
+    numbers = {name: comparison.values(arm, name) for name in comparison.value_names} | numbers
+    rows = [
+        [name, number(spread.mean), f"{number(spread.low)} to {number(spread.high)}"]
+        for name, spread in numbers.items()
+        if spread
+    ]
+    return Table(f"{arm}, {seeds_text(comparison)}", ["number", "mean", "lowest to highest"], rows)
+
+
+def _wins(gap: Spread, higher: bool | None) -> str:
+    """In how many seeds the arm is better than the baseline."""
+    if not gap or higher is None:
+        return ""
+    wins = sum(value > 0 if higher else value < 0 for value in gap.by_seed.values())
+    return f"in {wins} of {len(gap.by_seed)}"
+
+
+def _headline(comparison: Comparison, arm: str) -> str:
+    images, seconds = comparison.speedup(arm), comparison.speedup(arm, "seconds")
+    count = len(images.by_seed)
+    seeds = f"median of {count} seeds" if count > 1 else "one seed"
+    goal = target_text(comparison)
+    if math.isinf(images.median):
+        reached = sum(map(math.isfinite, images.by_seed.values()))
+        return f"{arm} does not reach {goal} ({reached} of {count} seeds do)"
+    needs = f"{_times(images, 'images')} and {_times(seconds, 'seconds')}"
+    return f"{arm} reaches {goal} with {needs} of training ({seeds})"
+
+
+def _times(spread: Spread, unit: str) -> str:
+    """`1.43x fewer images (1.31 to 1.52)`; below one `1.20x more images`."""
+    middle, low, high = spread.median, spread.low, spread.high
+    if math.isnan(middle):
+        return f"an unknown number of {unit}"
+    word = "fewer"
+    if middle < 1:
+        word, middle, low, high = "more", 1 / middle, 1 / high, 1 / low
+    ends = " to ".join(NOT_REACHED if math.isinf(end) or end <= 0 else f"{end:.2f}" for end in (low, high))
+    return f"{middle:.2f}x {word} {unit}" + (f" ({ends})" if len(spread.by_seed) > 1 else "")

@@ -1,0 +1,130 @@
+"""Planned runs in processes of their own, so that one that crashes or diverges leaves the others alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from entrecipes.report.comparison.arms import ArmRun
+from entrecipes.training.planning import Planned
+
+Listener = Callable[[str, ArmRun], None]
+
+
+class Runner:
+    """Runs what is not finished yet, several at a time.
+
+    Args:
+        output: The comparison's folder; what a run says goes to `logs/ARM-seed-N.log`.
+        jobs: Runs at a time.
+        listener: Called with the arm's name and each run as it ends.
+    """
+
+    def __init__(self, output: Path, jobs: int = 1, listener: Listener | None = None) -> None:
+        self.logs, self.jobs, self.listener = output / "logs", jobs, listener
+        self.lock, self.stopping = threading.Lock(), False
+        self.processes: set[subprocess.Popen] = set()
+
+    def run_all(self, plans: Sequence[Planned]) -> list[ArmRun]:
+        """All runs, in the order of the plans; on Ctrl-C those that run are stopped with a checkpoint."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(self.jobs)
+        futures = [pool.submit(self._run, planned) for planned in plans]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._stop()
+            pool.shutdown()
+
+    def _run(self, planned: Planned) -> ArmRun:
+        reused = planned.finished
+        message = "" if reused else self._train(planned)
+        state = "failed" if message else "finished"
+        run = ArmRun(planned.seed, planned.folder, state, message, reused, jobs_beside(self._log(planned)))
+        with self.lock:
+            if self.listener and not self.stopping:
+                self.listener(planned.arm, run)
+        return run
+
+    def _train(self, planned: Planned) -> str:
+        """Train one run to its end; returns why it failed, or nothing."""
+        # A folder with another run: `never` moves it aside; else a run that was cut short goes on.
+        resume = "never" if planned.foreign or _unreadable(planned) else "auto"
+        own = [f"training.output={json.dumps(str(planned.folder))}", f"training.resume={resume}"]
+        command = [sys.executable, "-m", "entrecipes", "run", str(planned.recipe), *planned.overrides, *own]
+        with self._log(planned).open("a") as log:
+            try:  # The process inherits the lock with its output: as long as it lives, nobody starts a second one.
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f"another process is still at it; see {log.name}"
+            log.write(json.dumps({"kind": "command", "jobs": self.jobs, "command": shlex.join(command[1:])}) + "\n")
+            log.flush()
+            code = self._wait(command, log)
+        if code == 0 and planned.finished:
+            return ""
+        if code == 0:
+            return "its recipe changed while the comparison ran"
+        return _last_words(self._log(planned)) or f"exit code {code}"
+
+    def _wait(self, command: list[str], log: object) -> int:
+        with self.lock:
+            if self.stopping:
+                return 130
+            # In a session of its own, so that Ctrl-C reaches it once, from us: a second signal would stop it at once.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self.processes.add(process)
+        code = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+        return code
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopping = True
+            for process in self.processes:
+                process.terminate()
+
+    def _log(self, planned: Planned) -> Path:
+        return self.logs / f"{planned.label}.log"
+
+
+def look(plans: Sequence[Planned], output: Path) -> list[ArmRun]:
+    """What is finished, without running anything."""
+    runs = []
+    for planned in plans:
+        jobs = jobs_beside(output / "logs" / f"{planned.label}.log")
+        state = "finished" if planned.finished else "missing"
+        runs.append(ArmRun(planned.seed, planned.folder, state, "", state == "finished", jobs))
+    return runs
+
+
+def jobs_beside(log: Path) -> int | None:
+    """Most runs that were allowed at the same time as the one of this log; None without a log."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return max((json.loads(line)["jobs"] for line in lines if line.startswith('{"kind": "command"')), default=None)
+
+
+def _unreadable(planned: Planned) -> bool:
+    return planned.foreign is None and (planned.folder / "recipe.yaml").exists()
+
+
+def _last_words(log: Path) -> str:
+    """The error of the last attempt: its `error:` line, or what it said last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    attempt = max(i for i, line in enumerate(lines) if line.startswith('{"kind": "command"'))
+    said = [line for line in lines[attempt + 1 :] if line and not line.startswith("{")]
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    return (errors or said or [""])[-1][:400]
