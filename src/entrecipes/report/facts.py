@@ -80,6 +80,19 @@ def _bundle(folder: RunFolder) -> str:
     return f"Fixed bundle: {', '.join(known)}." if known else ""
 
 
+def noise_schedule_text(folder: RunFolder) -> str:
+    """Where a learned noise schedule ended; empty for a fixed one."""
+    rows = folder.metrics("noise")
+    if not rows:
+        return ""
+    last = rows[-1]
+    low, *_, high = last["quantiles"]
+    text = f"After {last['images']:,} images, 90 % of the draws lie between sigma {low:.3g} and {high:.3g}"
+    if last["pivot"] is not None:
+        text += f", and {100 * last['below_pivot']:.0f} % of all below the pivot, {last['pivot']:.3g}"
+    return f"{text}."
+
+
 def data_rows(run: dict[str, Any]) -> Rows:
     """Name, source, licence and counts of the data."""
     data = run["data"]

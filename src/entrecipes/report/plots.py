@@ -86,7 +86,7 @@ def draw_plots(folder: RunFolder) -> dict[str, Path]:
         "throughput": (throughput, train),
     }
     return {
-        name: _draw(folder.path / "assets" / f"{name}.png", plot, records)
+        name: draw(folder.path / "assets" / f"{name}.png", plot, records)
         for name, (plot, records) in plots.items()
         if records
     }
@@ -173,20 +173,30 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def _draw(path: Path, plot: Callable[[Axes, list[dict[str, Any]]], None], records: list[dict[str, Any]]) -> Path:
-    """One figure, without pyplot's global state."""
+def draw(path: Path, plot: Callable[..., None], *arguments: Any, panels: int = 1, height: float = 3.2) -> Path:
+    """One figure as a PNG, 960 pixels wide, without pyplot's global state.
+
+    Args:
+        path: The file, with the folders above it made where they are missing.
+        plot: Called with as many axes as there are panels, one above the other, and the arguments; without an x label
+            the x axis counts images.
+        panels: Axes that share their x axis.
+        height: In inches, of which the width is 4.8.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 3.2), dpi=200, layout="constrained")
+        figure = Figure(figsize=(4.8, height), dpi=200, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        axes = figure.subplots()
-        plot(axes, records)
-        axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold")
-        axes.set_title("")
+        every = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        plot(*every, *arguments)
+        for axes in every:
+            axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold")
+            axes.set_title("")
+        figure.align_ylabels()
         if not axes.get_xlabel():
             axes.set_xlabel("images seen")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: short(images)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from entrecipes.report import facts
+from entrecipes.report.noise_plots import draw_noise_plots
 from entrecipes.report.plots import draw_plots
 from entrecipes.report.run_folder import RunFolder
 
@@ -33,9 +34,10 @@ def write_report(folder: str | Path) -> Path:
         facts=facts,
         metrics=facts.metrics(folder),
         held_out=facts.held_out_text(folder),
+        noise_schedule=facts.noise_schedule_text(folder),
         samples=samples[-1:],
         earlier_samples=_spread(samples[:-1], EARLIER_GRIDS),
-        plots={name: embedded(path) for name, path in draw_plots(folder).items()},
+        plots={name: embedded(path) for name, path in (draw_plots(folder) | draw_noise_plots(folder)).items()},
         events=folder.metrics("start", "event"),
         last=(folder.metrics("train") or [None])[-1],
         recipe=folder.recipe_text.strip() if folder.has("recipe.source.yaml") else None,
