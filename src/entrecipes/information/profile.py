@@ -41,6 +41,11 @@ class Profile:
         """Nats per dimension and unit log sigma, x0_error / sigma^2 [K], not gated."""
         return self.x0_error * torch.exp(-2 * self.log_sigma)
 
+    def at(self, log_sigma: Tensor) -> Profile:
+        """The same curve at other levels: linear in log x0_error over log sigma, and held beyond the ends."""
+        log_error = self.x0_error.clamp(min=SMALLEST_ERROR).log()
+        return Profile(log_sigma, _interpolate(log_sigma, self.log_sigma, log_error).exp())
+
     def nats(self, pivot: float | None = None, order: int = 3) -> float:
         """Its integral: nats per dimension, gated if a pivot is given."""
         closed = torch.ones_like(self.log_sigma) if pivot is None else gate(self.log_sigma, pivot, order)

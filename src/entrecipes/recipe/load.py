@@ -102,17 +102,29 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     above = Node(above.value, root.place)
     warnings = list(_dropped(root, above))
     root = merge(root, above)
+    recipe = _checked(root, problems)
+    for key, why in idle_keys(recipe).items():
+        node, depth = find_node(root, key.split("."))
+        if depth == len(key.split(".")):
+            warnings.append(Problem(node.place, key, f"has no effect {why}"))
+    return LoadedRecipe(recipe, _name(path), path, path.read_text(encoding="utf-8"), [str(w) for w in sorted(warnings)])
+
+
+def compose(overrides: Sequence[str]) -> Recipe:
+    """A recipe made of `dotted.key=value` alone, without a file. Raises [`RecipeError`] with every problem."""
+    problems: list[Problem] = []
+    return _checked(_overrides(overrides, problems), problems)
+
+
+def _checked(root: Node, problems: list[Problem]) -> Recipe:
+    """The recipe of a tree; raises RecipeError with these problems and its own."""
     try:
         recipe = Recipe.model_validate(plain(root))
     except ValidationError as error:
         problems += explain(error, root)
     if problems:
         raise RecipeError(sorted(problems))
-    for key, why in idle_keys(recipe).items():
-        node, depth = find_node(root, key.split("."))
-        if depth == len(key.split(".")):
-            warnings.append(Problem(node.place, key, f"has no effect {why}"))
-    return LoadedRecipe(recipe, _name(path), path, path.read_text(encoding="utf-8"), [str(w) for w in sorted(warnings)])
+    return recipe
 
 
 def _dropped(below: Node, above: Node, path: tuple[str, ...] = ()) -> Iterator[Problem]:
