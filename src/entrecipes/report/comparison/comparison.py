@@ -8,6 +8,8 @@ Definitions, for a metric whose values by image count make a run's curve:
 - *Speed-up* is the baseline's images to target over the arm's, seed by seed; likewise in seconds of training,
   evaluation excluded. An arm that never gets there, or whose run failed, has *not reached* it, which is below any
   number.
+- Of an arm that does not get there, the *reverse* is given: how many times fewer the baseline needs to the arm's best
+  value than the arm itself.
 - Given are the median over seeds, and the lowest and highest; beside it the speed-up between the curves averaged over
   seeds, whose target is the baseline's mean final value.
 - *Differences* are paired: the arm's final value minus the baseline's with the same seed (same data order, same initial
@@ -109,6 +111,19 @@ class Comparison:
         base, own = self.curves[self.baseline], self.images_to_target(arm).by_seed
         return Spread({seed: _ratio(base[seed].images[-1], own[seed]) for seed in own if seed in base})
 
+    def reverse(self, arm: str, unit: str = "images") -> Spread:
+        """How many times fewer images (or `seconds`) the baseline needs to the arm's best value than the arm, by seed.
+
+        What is left to say of an arm that does not reach the target; -inf: the baseline never gets there.
+        """
+        base, own, ratios = self.curves[self.baseline], self.curves[arm], {}
+        for seed in (seed for seed in own if seed in base):
+            needs = [curve.reach(own[seed].best) for curve in (own[seed], base[seed])]
+            if unit == "seconds":
+                needs = [curve.seconds_at(count) for curve, count in zip((own[seed], base[seed]), needs, strict=True)]
+            ratios[seed] = _ratio(*needs)
+        return Spread(ratios)
+
     def mean_speedup(self, arm: str, unit: str = "images") -> float | None:
         """The speed-up between the curves averaged over the seeds that both arms finished; -inf: not reached."""
         base, own = self.curves[self.baseline], self.curves[arm]
@@ -119,7 +134,7 @@ class Comparison:
         target = theirs.final if self.fixed_target is None else self.fixed_target
         needs = [curve.reach(target) for curve in (theirs, ours)]
         if unit == "seconds":
-            needs = [curve.seconds_at(images) for curve, images in zip((theirs, ours), needs, strict=True)]
+            needs = [curve.seconds_at(count) for curve, count in zip((theirs, ours), needs, strict=True)]
         return _ratio(*needs) if math.isfinite(needs[0]) else None
 
     def _counts(self, arm: str, seed: int) -> bool:

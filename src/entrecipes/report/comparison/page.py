@@ -97,6 +97,7 @@ def _arm(comparison: Comparison, arm: Arm) -> dict[str, Any]:
         "speedup_images_of_mean_curves": comparison.mean_speedup(name),
         "speedup_seconds_of_mean_curves": comparison.mean_speedup(name, "seconds"),
         "budget_over_images": _spread(comparison.budget_ratio(name)),
+        "reverse_images": _spread(comparison.reverse(name)),
         "final": _spread(finals),
         "best": _spread(bests),
         "final_minus_baseline": _spread(comparison.paired(finals, comparison.final(base))),

@@ -10,6 +10,7 @@ from entrecipes.report.comparison.comparison import Comparison
 from entrecipes.report.facts import number
 
 NOT_REACHED = "not reached"
+COSTS = (SECONDS, SPEED, MEMORY)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def tables(comparison: Comparison) -> list[Table]:
     """The speed-ups, the compared metric, and every other final number."""
     if not comparison.others:
         return [_only(comparison)]
-    return [_speedups(comparison), _metric(comparison), *(_number(comparison, name) for name in _other(comparison))]
+    numbers = [_number(comparison, name) for name in _others(comparison)]
+    return [_speedups(comparison), _otherwise(comparison), _metric(comparison), *numbers, _costs(comparison)]
 
 
 def headlines(comparison: Comparison) -> list[str]:
@@ -80,24 +82,26 @@ def spread_text(spread: Spread) -> str:
     """The mean and, of several seeds, the lowest and highest: `24.86 (24.75 to 24.97)`."""
     if not spread:
         return "-"
-    text = number(spread.mean)
-    return text if len(spread.by_seed) == 1 else f"{text} ({number(spread.low)} to {number(spread.high)})"
+    mean, low, high = (number(value) for value in (spread.mean, spread.low, spread.high))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def count_text(spread: Spread) -> str:
     """The median of image counts or seconds with the lowest and highest; some may be `not reached`."""
     if not spread:
         return "-"
-    median, low, high = (NOT_REACHED if math.isinf(v) else number(v) for v in (spread.median, spread.low, spread.high))
-    return median if len(spread.by_seed) == 1 or math.isinf(spread.low) else f"{median} ({low} to {high})"
+    median, low, high = (
+        NOT_REACHED if math.isinf(v) else f"{v:,.0f}" for v in (spread.median, spread.low, spread.high)
+    )
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def difference_text(spread: Spread) -> str:
     """The mean of paired differences with the lowest and highest, signed."""
     if not spread:
         return "-"
-    mean, low, high = (f"{'+' if v > 0 else ''}{number(v)}" for v in (spread.mean, spread.low, spread.high))
-    return mean if len(spread.by_seed) == 1 else f"{mean} ({low} to {high})"
+    mean, low, high = (f"{value:+.3g}" for value in (spread.mean, spread.low, spread.high))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def target_text(comparison: Comparison) -> str:
@@ -113,8 +117,9 @@ def seeds_text(comparison: Comparison) -> str:
     return f"seed{'s' * (len(comparison.seeds) > 1)} {', '.join(map(str, comparison.seeds))}"
 
 
-def _other(comparison: Comparison) -> list[str]:
-    return [name for name in comparison.value_names if name != comparison.metric]
+def _others(comparison: Comparison) -> list[str]:
+    """The final numbers with a table of their own."""
+    return [name for name in comparison.value_names if name not in (comparison.metric, TRAIN_NATS, *COSTS)]
 
 
 def _direction(comparison: Comparison, name: str) -> str:
@@ -125,38 +130,45 @@ def _direction(comparison: Comparison, name: str) -> str:
 def _speedups(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
-        images, seconds = comparison.images_to_target(arm), comparison.seconds_to_target(arm)
         ratios = [factors(comparison.speedup(arm)), factors(comparison.speedup(arm, "seconds"))]
-        mean = factor(comparison.mean_speedup(arm))
-        of_budget = factors(comparison.budget_ratio(arm))
-        if arm == comparison.baseline:
-            ratios, mean = ["baseline", "baseline"], "baseline"
-        rows.append([arm, count_text(images), count_text(seconds), *ratios, mean, of_budget])
-    header = [
-        "arm",
-        "images",
-        "seconds",
-        "fewer images",
-        "fewer seconds",
-        "images, mean curves",
-        "whole budget / images",
-    ]
+        ratios = ratios if arm != comparison.baseline else ["baseline", "baseline"]
+        counts = [count_text(comparison.images_to_target(arm)), count_text(comparison.seconds_to_target(arm))]
+        rows.append([arm, *ratios, *counts])
     title = f"to reach {target_text(comparison)}: median (lowest to highest) over {seeds_text(comparison)}"
-    return Table(title, header, rows)
+    return Table(title, ["arm", "fewer images", "fewer seconds", "images", "seconds"], rows)
+
+
+def _otherwise(comparison: Comparison) -> Table:
+    """Other ways to count the same images."""
+    rows = []
+    for arm in comparison.arms:
+        relative = [factor(comparison.mean_speedup(arm)), factors(comparison.reverse(arm))]
+        relative = relative if arm != comparison.baseline else ["baseline", "baseline"]
+        rows.append([arm, relative[0], factors(comparison.budget_ratio(arm)), relative[1]])
+    base = comparison.baseline
+    header = ["arm", "mean curves", f"than {base}'s whole budget", f"{base} to the arm's best"]
+    return Table("fewer images, counted otherwise", header, rows)
 
 
 def _metric(comparison: Comparison) -> Table:
-    rows = []
-    base_final, base_best = comparison.final(comparison.baseline), comparison.best(comparison.baseline)
+    rows, base = [], comparison.baseline
     for arm in comparison.arms:
         final, best = comparison.final(arm), comparison.best(arm)
-        row = [arm, spread_text(final), spread_text(best)]
-        gaps = [comparison.paired(final, base_final), comparison.paired(best, base_best)]
-        texts = [difference_text(gap) for gap in gaps] if arm != comparison.baseline else ["baseline", "baseline"]
-        rows.append([*row, *texts, "" if arm == comparison.baseline else _wins(gaps[0], comparison.higher_is_better)])
-    header = ["arm", "final", "best", "final - baseline", "best - baseline", "better"]
+        gap = comparison.paired(final, comparison.final(base))
+        texts = [difference_text(gap), _wins(gap, comparison.higher_is_better)]
+        texts += [difference_text(comparison.paired(best, comparison.best(base)))]
+        rows.append(
+            [arm, spread_text(final), spread_text(best), *(texts if arm != base else ["baseline", "", "baseline"])]
+        )
+        rows[-1] += [spread_text(comparison.values(arm, TRAIN_NATS))] if _beside_training(comparison) else []
+    header = ["arm", "final", "best", "final - baseline", "better", "best - baseline"]
+    header += ["final on training images"] if _beside_training(comparison) else []
     title = f"{comparison.metric}{_direction(comparison, comparison.metric)}: mean (lowest to highest)"
     return Table(title, header, rows)
+
+
+def _beside_training(comparison: Comparison) -> bool:
+    return comparison.metric == "heldout_nats" and TRAIN_NATS in comparison.value_names
 
 
 def _number(comparison: Comparison, name: str) -> Table:
@@ -168,6 +180,12 @@ def _number(comparison: Comparison, name: str) -> Table:
         rows.append([arm, spread_text(own), *(texts if arm != comparison.baseline else ["baseline", ""])])
     title = f"{name}{_direction(comparison, name)}: mean (lowest to highest)"
     return Table(title, ["arm", "final", "final - baseline", "better"], rows)
+
+
+def _costs(comparison: Comparison) -> Table:
+    """What the runs took, in all."""
+    rows = [[arm, *(spread_text(comparison.values(arm, name)) for name in COSTS)] for arm in comparison.arms]
+    return Table("the whole run: mean (lowest to highest)", ["arm", *COSTS], rows)
 
 
 def _only(comparison: Comparison) -> Table:
@@ -198,7 +216,12 @@ def _headline(comparison: Comparison, arm: str) -> str:
     goal = target_text(comparison)
     if math.isinf(images.median):
         reached = sum(map(math.isfinite, images.by_seed.values()))
-        return f"{arm} does not reach {goal} ({reached} of {count} seeds do)"
+        text = f"{arm} does not reach {goal} ({reached} of {count} seeds do)"
+        other = comparison.reverse(arm)
+        known = other and math.isfinite(other.median)
+        return text + (
+            f"; {comparison.baseline} is as good as its best with {_times(other, 'images')}" if known else ""
+        )
     needs = f"{_times(images, 'images')} and {_times(seconds, 'seconds')}"
     return f"{arm} reaches {goal} with {needs} of training ({seeds})"
 
