@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 900
 WITHOUT = {
     "npm": "Install Node.js (it brings npm) and run the command again.",
     "pip": "Install pip and run the command again.",
-    "apt": "It is the client of Debian 12 and its kin: run the command there and copy the data home ($ENTRECIPES_HOME).",
+    "apt": "It is Debian's client: run the command on Debian 12 and copy $ENTRECIPES_HOME/prepared from there.",
 }
 """What to do where a client is missing."""
 
@@ -42,7 +42,7 @@ class Package:
     @property
     def spec(self) -> str:
         """As the client writes it."""
-        return f"{self.name}{ {'npm': '@', 'pip': '==', 'apt': '='}[self.client]}{self.version}"
+        return self.name + {"npm": "@", "pip": "==", "apt": "="}[self.client] + self.version
 
     @property
     def pattern(self) -> str:

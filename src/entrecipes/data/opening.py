@@ -1,4 +1,4 @@
-"""From a recipe's `data:` section to what a given model trains on: images or sequences of its size, or cached latents."""
+"""From a recipe's `data:` section to what a given model trains on: images, sequences, or latents cached for it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
     num_classes = components.family.num_classes(components.model)
     if isinstance(section, SequenceData) != components.family.sequences:
         raise UserError(
-            f"data.type: {section.type} does not go with a {components.family.model_class}; sequences are denoised by a "
-            "SequenceTransformer1DModel, images by the others"
+            f"data.type: {section.type} does not go with a {components.family.model_class}; a "
+            "SequenceTransformer1DModel denoises sequences, the others images"
         )
     images = _open_sequences(section, components) if components.family.sequences else _open_images(section, components)
     if num_classes is None:

@@ -42,6 +42,8 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         num_attention_heads: Heads of each block.
         attention_head_dim: Channels of each head.
         dropout: Share of activations dropped in training.
+        timestep_scale: Factor on the timestep before its sines and cosines, which are made for 0 to 1000: 1 for VP and
+            flow schedulers; 100 suits EDM, whose log(sigma) / 4 spans less than three units.
         num_class_embeds: Classes that the model is conditioned on; null: none.
 
     Raises:
@@ -60,6 +62,7 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         num_attention_heads: int = 4,
         attention_head_dim: int = 16,
         dropout: float = 0.0,
+        timestep_scale: float = 1.0,
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         width, channels = num_attention_heads * attention_head_dim, len(alphabet) * patch_size
         self.proj_in = nn.Linear(channels, width)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(sample_size // patch_size, width))
-        self.time_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, width)
         self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
         self.modulation = nn.Linear(width, 6 * width)
