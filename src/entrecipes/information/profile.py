@@ -271,7 +271,7 @@ class ErrorBuffer:
         """Restore what `state_dict` gave. Raises ValueError when it was of another size."""
         if state["pairs"].shape != self.pairs.shape:
             raise ValueError(
-                f"a buffer of {state['pairs'].shape[1]} errors was saved, this one is {self.pairs.shape[1]}"
+                f"a buffer of {state['pairs'].shape[1]} errors was saved, noise.buffer is {self.pairs.shape[1]}"
             )
         self.pairs.copy_(state["pairs"])
         self.seen = state["seen"]
