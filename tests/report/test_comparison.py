@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from comparison_case import BUDGET, IMAGES, SECONDS_PER_IMAGE, comparison, falling, write_run
 from PIL import Image
+from test_report import Page
 
 from entrecipes.errors import UserError
 from entrecipes.report.comparison.arms import ArmRun, Spread
@@ -19,9 +19,6 @@ from entrecipes.report.comparison.notes import notes, overfitting_seeds
 from entrecipes.report.comparison.page import to_json, write_comparison
 from entrecipes.report.comparison.tables import factors, headlines, tables
 from entrecipes.report.run_folder import RunFolder
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_report import Page  # noqa: E402
 
 
 def curve(values: list[float], images: list[float] | None = None, higher: bool = False) -> Curve:
