@@ -10,6 +10,7 @@ from entrecipes.errors import UserError
 
 if TYPE_CHECKING:
     from entrecipes.data.inspection import Inspection
+    from entrecipes.data.sequence_inspection import SequenceInspection
 
 HELP = "list the data sets that can be built here, build one, look at one"
 
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--skin-tones", choices=("drop", "keep", "balance"), default="drop", help="emoji: %(default)s")
     prepare.add_argument("--force", action="store_true", help="build it again although it is there")
     prepare.add_argument("--output", type=Path, metavar="DIR", help="build it there, for `type: hub, id: DIR`")
-    inspect = verbs.add_parser("inspect", help="counts, sizes, captions, licence, and a grid of images")
+    inspect = verbs.add_parser(
+        "inspect", help="counts, sizes, captions, licence, and a grid of images (or windows of text)"
+    )
     inspect.add_argument("name", help="a prepared set, a folder of images, or a folder saved by `datasets`")
     inspect.add_argument("-o", "--output", type=Path, metavar="PNG", help="the grid's file (NAME.png)")
     inspect.add_argument("-n", "--count", type=int, default=64, help="images in the grid (%(default)s)")
@@ -44,12 +47,16 @@ def _list(args: argparse.Namespace) -> None:
 
     width = max(map(len, CATALOGUE))
     print(
-        f"{'digits':{width}}  1,797 handwritten digits, 8x8 grey, 10 classes (CC BY 4.0) [embedded: data.type digits]"
+        f"{'digits':{width}}  1,797 handwritten digits, 8x8 grey, 10 classes (CC BY 4.0) [embedded: data.type digits]\n"
+        f"{'pride':{width}}  65 kB of a novel, 27 symbols (public domain) [embedded: data.type sequences]"
     )
     for name, source in CATALOGUE.items():
         ready = "ready" if (home() / "prepared" / name).exists() else f"{source.download_mb:g} MB to download"
         print(f"{name:{width}}  {source.description} ({source.license}) [{ready}]")
-    print("\n`entrecipes data prepare NAME` builds one; a recipe then says data.type: prepared, data.name: NAME")
+    print(
+        "\n`entrecipes data prepare NAME` builds one; a recipe then says data.name: NAME and data.type: prepared "
+        "(for symbols: sequences)"
+    )
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -64,8 +71,10 @@ def _prepare(args: argparse.Namespace) -> None:
     print(f"preparing {args.name} ...", flush=True)
     folder = prepare(args.name, Options(args.size, args.skin_tones), output=args.output, force=args.force)
     noted = facts(folder)
-    use = f"type: hub, id: {folder}" if args.output else f"type: prepared, name: {args.name}"
-    print(f"{noted['images']:,} images in {folder} ({noted['license']})\nin a recipe: data: {{{use}}}")
+    kind, use = "images", f"type: hub, id: {folder}" if args.output else f"type: prepared, name: {args.name}"
+    if "alphabet" in noted:
+        kind, use = "sequences", f"type: sequences, name: {folder if args.output else args.name}"
+    print(f"{noted['images']:,} {kind} in {folder} ({noted['license']})\nin a recipe: data: {{{use}}}")
     print(f"to look at them: entrecipes data inspect {args.output or args.name}")
 
 
@@ -73,7 +82,13 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise UserError(f"--count {args.count}: the grid needs at least one image")
     from entrecipes.data.inspection import inspect
+    from entrecipes.data.sequence_inspection import holds_sequences, inspect_sequences
 
+    if holds_sequences(args.name):
+        if args.output:
+            raise UserError("--output: sequences are shown as text, not as a grid; leave it out")
+        print("\n".join(_sequences_described(inspect_sequences(args.name, count=min(args.count, 8)))))
+        return
     found = inspect(args.name, count=args.count)
     print("\n".join(_described(found)))
     output = args.output or Path(f"{Path(args.name).name}.png")
@@ -81,6 +96,24 @@ def _inspect(args: argparse.Namespace) -> None:
         raise UserError(f"--output: there is no folder {output.parent}")
     found.grid.save(output)
     print(f"grid       {output}")
+
+
+def _sequences_described(found: SequenceInspection) -> list[str]:
+    """The lines about a set of sequences."""
+    lengths = " to ".join(f"{length:,}" for length in sorted(set(found.lengths)))
+    entropies = ", ".join(f"{nats:.3f} after {order}" for order, nats in enumerate(found.entropies))
+    lines = [
+        f"name       {found.name}",
+        f"source     {found.source}",
+        f"license    {found.license}",
+        f"sequences  {found.sequences:,} of {lengths} symbols",
+        f"symbols    {found.symbols:,}, {len(found.counts)} different: "
+        + ", ".join(f"{symbol!r} {count / found.symbols:.1%}" for symbol, count in found.counts.items()),
+        f"entropy    in nats a symbol, by the symbols before it: {entropies}",
+    ]
+    if found.labels:
+        lines.append(f"classes    {len(found.labels)}: " + ", ".join(f"{k} {v:,}" for k, v in found.labels.items()))
+    return lines + [f"window     {text}" for text in found.examples]
 
 
 def _described(found: Inspection) -> list[str]:

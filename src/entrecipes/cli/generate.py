@@ -7,7 +7,7 @@ from pathlib import Path
 
 from entrecipes.errors import UserError
 
-HELP = "sample images from a run folder, a pipeline folder or a Hub id"
+HELP = "sample images (or sequences) from a run folder, a pipeline folder or a Hub id"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +56,15 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    save_grid(images, args.output, columns=min(10, args.count))
+    space = family.space(getattr(pipeline, family.component))
+    pictures = space.pictures(images)
+    save_grid(pictures, args.output, columns=min(space.columns, args.count), texts=space.texts(images))
     print(f"{len(images)} images in {args.output}" + (f", classes {sorted(set(labels))}" if labels else ""))
     if args.separate:
         from PIL import Image
 
         args.separate.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
+        for i, image in enumerate(pictures):
             pixels = image.permute(1, 2, 0).numpy()
             Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
                 args.separate / f"{i:05d}.png"

@@ -119,7 +119,7 @@ def _print_ending(folder: Path) -> None:
         ("pipeline", "pipeline"),
     ):
         print(f"  {what:12} {folder / path}")
-    print("\nLoad it with plain diffusers:\n")
+    print("\nLoad it:\n")
     print(snippet(facts, (folder / "pipeline").resolve()))
 
 

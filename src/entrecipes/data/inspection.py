@@ -57,6 +57,8 @@ def inspect(name_or_folder: str, *, count: int = 64, seed: int = 0) -> Inspectio
         UserError: When it is none of these, or no image can be read.
     """
     table = _open(name_or_folder)
+    if "image" not in table.dataset.column_names:
+        raise UserError(f"{table.place} holds no images; its columns: {', '.join(table.dataset.column_names)}")
     cells = table.dataset.cast_column("image", datasets.Image(decode=False))["image"]
     sizes, bad, shown = Counter(), {}, []
     drawn = random.Random(seed).sample(range(len(cells)), min(count, len(cells)))

@@ -34,7 +34,8 @@ def prepared_folder(name: str) -> Path:
 
 
 def facts(folder: Path) -> dict[str, Any] | None:
-    """What `prepare` noted of a folder: name, source, license, packages, options, images; None when it made none."""
+    """What `prepare` noted of a folder: name, source, license, packages, options, images (or sequences, with their
+    alphabet); None when it made none."""
     path = folder / FACTS
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -77,10 +78,12 @@ def prepare(name: str, options: Options | None = None, *, output: Path | None = 
         "options": chosen,
         "images": len(dataset),
     }
+    if source.alphabet is not None:
+        noted |= {"alphabet": source.alphabet, "independent": source.independent}
     with atomic_folder(folder) as scratch:
         dataset.save_to_disk(str(scratch))
         (scratch / FACTS).write_text(json.dumps(noted, indent=2) + "\n")
-    logger.info("prepared %d images of %s at %s", len(dataset), name, folder)
+    logger.info("prepared %d rows of %s at %s", len(dataset), name, folder)
     return folder
 
 

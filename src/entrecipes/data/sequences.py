@@ -39,6 +39,12 @@ class Sequences:
     label_names: tuple[str, ...] | None = None
     independent: bool = False
 
+    def ids(self) -> list[np.ndarray]:
+        """Each sequence as symbol ids, uint8 [L]."""
+        position = np.zeros(256, np.uint8)
+        position[np.frombuffer(self.alphabet.encode("ascii"), np.uint8)] = np.arange(len(self.alphabet))
+        return [position[np.frombuffer(text.encode("ascii"), np.uint8)] for text in self.texts]
+
 
 def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
     """Windows uint8 [N, length] of symbol ids, and their labels where the set has them.
@@ -49,7 +55,7 @@ def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
     Raises:
         UserError: The set is not prepared, holds no sequences or another alphabet, or is too short for a window.
     """
-    whole = _embedded() if section.name == EMBEDDED else _prepared(section)
+    whole = read_sequences(section.name, section.label_column)
     if whole.alphabet != alphabet:
         raise UserError(
             f"data.name: '{section.name}' is written in the {len(whole.alphabet)} symbols '{whole.alphabet}', but the "
@@ -59,7 +65,7 @@ def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
     stride = section.stride or length
     splits = Splits(_windows(whole, train, length, stride), _windows(whole, held_out, length, length))
     if splits.train is None or (section.held_out and splits.held_out is None):
-        longest = max(len(text) for _, text in train)
+        longest = max(len(ids) for _, ids in train)
         raise UserError(
             f"data: no window of {length} symbols fits into '{section.name}' (its longest training part has {longest} "
             f"symbols) on both sides of the split; lower the model's sample_size, or change data.held_out"
@@ -70,29 +76,35 @@ def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
     return splits
 
 
-Parts = list[tuple[int, str]]
-"""Stretches of sequences, each with the number of its sequence."""
+def read_sequences(name: str, label_column: str | None = "label") -> Sequences:
+    """The embedded set, or one that `entrecipes data prepare` has built.
+
+    Raises:
+        UserError: It is not prepared, holds no sequences, or lacks the column (`label` may be missing).
+    """
+    return _embedded() if name == EMBEDDED else _prepared(name, label_column)
+
+
+Parts = list[tuple[int, np.ndarray]]
+"""Stretches of sequences (symbol ids), each with the number of its sequence."""
 
 
 def _split(whole: Sequences, section: SequenceData) -> tuple[Parts, Parts]:
-    numbered = list(enumerate(whole.texts))
+    numbered = list(enumerate(whole.ids()))
     if whole.independent:
         train, kept = split_indices(len(numbered), section.held_out, section.split_seed, place="data")
         return [numbered[i] for i in train], [numbered[i] for i in kept]
-    cuts = [len(text) - round(len(text) * section.held_out) for text in whole.texts]
-    before = [(i, text[:cut]) for (i, text), cut in zip(numbered, cuts, strict=True)]
-    return before, [(i, text[cut:]) for (i, text), cut in zip(numbered, cuts, strict=True)]
+    cuts = [len(ids) - round(len(ids) * section.held_out) for _, ids in numbered]
+    before = [(i, ids[:cut]) for (i, ids), cut in zip(numbered, cuts, strict=True)]
+    return before, [(i, ids[cut:]) for (i, ids), cut in zip(numbered, cuts, strict=True)]
 
 
 def _windows(whole: Sequences, parts: Parts, length: int, stride: int) -> ImageSet | None:
     """All windows of the parts as a set in memory; None when there are none."""
-    ids = np.full(256, 255, np.uint8)
-    ids[np.frombuffer(whole.alphabet.encode("ascii"), np.uint8)] = np.arange(len(whole.alphabet))
-    cut, owners = [np.empty((0, length), np.uint8)], []
-    for number, text in parts:
-        if len(text) >= length:
-            symbols = ids[np.frombuffer(text.encode("ascii"), np.uint8)]
-            cut.append(np.lib.stride_tricks.sliding_window_view(symbols, length)[::stride])
+    cut, owners = [], []
+    for number, ids in parts:
+        if len(ids) >= length:
+            cut.append(np.lib.stride_tricks.sliding_window_view(ids, length)[::stride])
             owners += [number] * len(cut[-1])
     if not owners:
         return None
@@ -113,27 +125,30 @@ def _embedded() -> Sequences:
     return Sequences(EMBEDDED, EMBEDDED_SOURCE, "public domain", TEXT, [text])
 
 
-def _prepared(section: SequenceData) -> Sequences:
-    """A set that `entrecipes data prepare` has built."""
-    source, folder = find_source(section.name), prepared_folder(section.name)
-    if source.alphabet is None:
-        raise UserError(f"data.name: '{section.name}' holds images; say data.type: prepared")
+def _prepared(name: str, label_column: str | None) -> Sequences:
+    """A set that `entrecipes data prepare` has built, by its name or its folder."""
+    folder = Path(name)
     if facts(folder) is None:
-        command = f"entrecipes data prepare {section.name}"
-        raise UserError(f"data.name: '{section.name}' is not prepared on this machine yet: run `{command}`")
+        if find_source(name).alphabet is None:
+            raise UserError(f"data.name: '{name}' holds images; say data.type: prepared")
+        folder = prepared_folder(name)
+    noted = facts(folder)
+    if noted is None:
+        command = f"entrecipes data prepare {name}"
+        raise UserError(f"data.name: '{name}' is not prepared on this machine yet: run `{command}`")
     table = read_prepared(folder)
-    columns, names = table.dataset.column_names, None
-    if section.label_column in columns:
-        names = label_names([table.dataset], section.label_column, table.place)
-    elif section.label_column not in (None, "label"):
-        require_columns(columns, {"label_column": section.label_column}, table.place)
+    names = None
+    if label_column in table.dataset.column_names:
+        names = label_names([table.dataset], label_column, table.place)
+    elif label_column not in (None, "label"):
+        require_columns(table.dataset.column_names, {"label_column": label_column}, table.place)
     return Sequences(
         name=table.name,
         source=table.source,
         license=table.license,
-        alphabet=source.alphabet,
+        alphabet=noted["alphabet"],
         texts=table.dataset["sequence"][:],
-        labels=None if names is None else labels_of(table.dataset, section.label_column, names),
+        labels=None if names is None else labels_of(table.dataset, label_column, names),
         label_names=names,
-        independent=source.independent,
+        independent=noted["independent"],
     )

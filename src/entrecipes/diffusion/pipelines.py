@@ -118,6 +118,9 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
             f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"
         )
     try:
+        if cls is DiffusionPipeline:  # which knows the classes of diffusers only
+            name = cls.load_config(source, revision=revision).get("_class_name")
+            cls = next((f.pipeline_class for f in FAMILIES.values() if f.pipeline_class.__name__ == name), cls)
         return cls.from_pretrained(source, revision=revision, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -21,6 +21,8 @@ class Space(ABC):
     """What x0 is."""
 
     latent = False
+    columns = 10
+    """Pictures in a row of a grid."""
 
     @abstractmethod
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
@@ -69,6 +71,8 @@ class SymbolSpace(Space):
     Args:
         alphabet: The symbols, in the order of the channels.
     """
+
+    columns = 4
 
     def __init__(self, alphabet: str) -> None:
         self.alphabet = alphabet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from entrecipes.evaluation.features import FeatureExtractor
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
+from entrecipes.evaluation.ngrams import compare_ngrams
 from entrecipes.evaluation.result import Metric
 from entrecipes.recipe.base import build
 from entrecipes.recipe.evaluation import Evaluation
@@ -78,7 +80,7 @@ class Evaluator:
                 f"pipeline: the model predicts {list(prediction.shape[1:])} for {list(target.shape[1:])} and samples "
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
             )
-        if section.metrics:
+        if section.metrics and not family.sequences:
             _ = self.extractor
 
     # -- denoising --------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ class Evaluator:
 
     def grid(self, model: ModelMixin) -> tuple[Tensor, int]:
         """Images for the sample grid, row by row, and its number of columns (one a class, at most ten)."""
-        columns = min(self.data.num_classes or GRID_COLUMNS, GRID_COLUMNS)
+        columns = min(self.data.num_classes or self.data.space.columns, GRID_COLUMNS)
         labels = balanced_labels(columns * self.section.grid, columns) if self.data.num_classes else None
         return self.samples(model, columns * self.section.grid, labels), columns
 
@@ -159,29 +161,37 @@ class Evaluator:
         """
         split, first = next(iter(nats.items()))
         about = origin | {"data": self.data.images.train.name}
-        metric = first.to_metric(about | {"split": split})
-        return [metric, *self._sample_metrics(model, about)] if self.section.metrics else [metric]
+        metrics = [first.to_metric(about | {"split": split})]
+        if self.components.family.sequences:
+            nats, (length,) = metrics[0], self.components.sample_shape
+            per_symbol = {"value": nats.value / length, "spread": nats.spread / length}
+            metrics.append(replace(nats, name=f"{nats.name}_per_symbol", **per_symbol))
+        return metrics + (self._sample_metrics(model, about) if self.section.metrics else [])
 
     def _sample_metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
         section = self.section
         fake = self.samples(model, section.samples)
         real = self.data.images.train if section.reference == "train" else self.data.images.held_out
         count = section.reference_samples or section.samples
+        drawn = draw(real, count, section.seed)[0]
+        origin = origin | {
+            "split": section.reference,
+            "sampler": type(self.components.scheduler).__name__,
+            "steps": section.steps,
+            "guidance_scale": section.guidance_scale,
+            "seed": section.seed,
+        }
+        if self.components.family.sequences:
+            symbols = self.components.channels
+            return compare_ngrams(drawn.numpy(), fake.numpy(), symbols, seed=section.seed, origin=origin)
         return compare(
             section.metrics,
             self.extractor,
-            draw(real, count, section.seed)[0],
+            drawn,
             fake,
             batch_size=section.batch_size,
             seed=section.seed,
-            origin=origin
-            | {
-                "split": section.reference,
-                "sampler": type(self.components.scheduler).__name__,
-                "steps": section.steps,
-                "guidance_scale": section.guidance_scale,
-                "seed": section.seed,
-            },
+            origin=origin,
             real_fingerprint=f"{real.fingerprint}-{section.seed}-{count}",
         )
 

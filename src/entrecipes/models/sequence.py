@@ -13,6 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 TIME_CHANNELS = 256
@@ -206,6 +207,12 @@ class SequencePipeline(DiffusionPipeline):
             sequences = ["".join(config.alphabet[i] for i in row) for row in sequences.tolist()]
         self.maybe_free_model_hooks()
         return SequencePipelineOutput(sequences=sequences) if return_dict else (sequences,)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """The folder of a Hub repository: all of it, where diffusers' own would look for code of its components."""
+        known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+        return snapshot_download(pretrained_model_name, **{key: options[key] for key in known if key in options})
 
     def _labels(self, labels: Any, batch_size: int | None) -> Tensor | None:
         conditional = self.transformer.config.num_class_embeds is not None

@@ -65,8 +65,9 @@ class Evaluation(Section):
     """Images between two measurements of the held-out nats (null: only at the end)."""
     held_out: HeldOut = HeldOut()
     """The fixed denoising bundle."""
-    metrics: tuple[Literal["fid", "kid", "precision_recall"], ...] = ()
-    """Sample-based metrics, measured at the end (and every `metrics_every` images)."""
+    metrics: tuple[Literal["fid", "kid", "precision_recall", "ngrams"], ...] = ()
+    """Sample-based metrics, measured at the end (and every `metrics_every` images); `ngrams` for sequences, the others
+    for images."""
     metrics_every: PositiveCount | None = None
     """Images between two measurements of the sample-based metrics (null: only at the end)."""
     features: FeaturesSection = EfficientNetLite0Features()

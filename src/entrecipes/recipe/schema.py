@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
 from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection
-from entrecipes.recipe.data import DataSection
+from entrecipes.recipe.data import DataSection, SequenceData
 from entrecipes.recipe.evaluation import Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
@@ -51,6 +51,24 @@ class Recipe(Section):
             and not (self.data.held_out or getattr(self.data, "held_out_split", None))
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
+        problems += self._kind_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _kind_problems(self) -> list[str]:
+        """Images and sequences need models and metrics of their own."""
+        sequences, build = isinstance(self.data, SequenceData), self.pipeline.build
+        kind, metrics = "sequences" if sequences else "images", self.evaluation.metrics
+        problems = [
+            f"evaluation.metrics: '{name}' is not measured on {kind}; take "
+            + ("ngrams" if sequences else "fid, kid or precision_recall")
+            for name in metrics
+            if (name == "ngrams") != sequences
+        ]
+        if build and (build.model.class_name == "SequenceTransformer1DModel") != sequences:
+            problems.append(
+                f"pipeline.build.model.class: {build.model.class_name} does not denoise {kind}, which data.type "
+                f"{self.data.type} holds; take " + ("SequenceTransformer1DModel" if sequences else "another model")
+            )
+        return problems

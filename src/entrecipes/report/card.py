@@ -19,6 +19,8 @@ from entrecipes.report.run_folder import RunFolder
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TASK = "unconditional-image-generation"
 """The Hub's only task for images without a prompt; class-conditional models carry it too."""
+OTHER_TASK = "other"
+"""What stands for sequences, for which the Hub has no task."""
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -51,6 +53,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         metrics=metrics,
         facts=facts,
         plots={name: f"assets/{path.name}" for name, path in plots.items()},
+        own=needs_entrecipes(run),
         snippet=snippet(run, repo_id or _shown(pipeline)),
         local=repo_id is None,
         held_out=facts.held_out_text(folder),
@@ -76,6 +79,8 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
 def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
     """Python that loads the pipeline with diffusers and torch alone and writes `samples.png`.
 
+    A pipeline of our own needs entrecipes too, and prints sequences.
+
     Args:
         run: The facts of `run.json`.
         folder_or_repo: The pipeline folder or Hub id.
@@ -89,29 +94,40 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
     else:
         arguments = [f"batch_size={count}", labels]
     arguments += [f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
-    small = pipeline["sample_size"] < 64
+    if needs_entrecipes(run):
+        imports = [f"from entrecipes import {pipeline['class']}"]
+        loader, result, last = pipeline["class"], "sequences", 'print(*sequences, sep="\\n")'
+    else:
+        imports = ["from diffusers import DiffusionPipeline", "from diffusers.utils import make_image_grid"]
+        resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
+        loader, result = "DiffusionPipeline", "images"
+        last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'
     return "\n".join(
         [
             "import torch",
-            "from diffusers import DiffusionPipeline",
-            "from diffusers.utils import make_image_grid",
+            *imports,
             "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{place}")',
+            f'pipeline = {loader}.from_pretrained("{place}")',
             'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
-            "images = pipeline(",
+            f"{result} = pipeline(",
             *(f"    {argument}," for argument in arguments if argument),
-            ").images",
-            f'make_image_grid(images, rows=1, cols={count}{", resize=64" if small else ""}).save("samples.png")',
+            f").{result}",
+            last,
         ]
     )
 
 
+def needs_entrecipes(run: dict[str, Any]) -> bool:
+    """Whether the pipeline's class is one of ours, not of diffusers."""
+    return run["pipeline"].get("library") == "entrecipes"
+
+
 def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     run, recipe = folder.run, folder.recipe
-    data = recipe["data"]
+    data, task = recipe["data"], OTHER_TASK if needs_entrecipes(run) else TASK
     results = [
         EvalResult(
-            task_type=TASK,
+            task_type=task,
             dataset_type=run["data"]["name"],
             dataset_name=run["data"]["name"],
             dataset_split=metric.origin.get("split"),
@@ -124,7 +140,7 @@ def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     ]
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=task,
         tags=["entrecipes", "diffusion", run["pipeline"]["class"]],
         license=run["license"],
         base_model=_hub_id(recipe["pipeline"].get("pretrained")),

@@ -32,7 +32,8 @@ def publish(run: Run, name: str) -> None:
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
     if run.accelerator.is_main_process:
         save_pipeline(run, run.folder / "pipeline")
-        shutil.copyfile(run.grid_path, run.folder / "samples" / "final.png")
+        for path in run.grid_path.parent.glob(f"{run.grid_path.stem}.*"):
+            shutil.copyfile(path, path.with_stem("final"))
         (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
         write_card(run.folder)
         write_report(run.folder)
@@ -82,6 +83,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
         "pipeline": {
             "class": components.family.pipeline_class.__name__,
+            "library": components.family.pipeline_class.__module__.split(".")[0],
             "model_class": components.family.model_class,
             "scheduler_class": type(components.scheduler).__name__,
             "prediction_type": components.path.prediction_type,

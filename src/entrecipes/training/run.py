@@ -313,7 +313,8 @@ class Run:
             if self.folder and self.due(training.sample_every, before):
                 images, columns = evaluator.grid(self.eval_model)
                 if self.accelerator.is_main_process:
-                    save_grid(self.space.pictures(images), self.grid_path, columns)
+                    texts = self.space.texts(images)
+                    save_grid(self.space.pictures(images), self.grid_path, columns, texts=texts)
             if metrics_due:
                 origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
                 for metric in evaluator.metrics(self.eval_model, nats, origin):
