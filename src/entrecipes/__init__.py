@@ -11,6 +11,7 @@ _LAZY = {
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
     "DiffusionPipeline": "diffusers",
+    "InfoNoiseScheduler": "entrecipes.noise.scheduler",
     "SequenceTransformer1DModel": "entrecipes.models.sequence",
     "SequencePipeline": "entrecipes.models.sequence",
 }

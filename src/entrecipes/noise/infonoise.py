@@ -9,6 +9,7 @@ leave open has a key in the recipe: see [`InfoNoiseSection`].
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,6 +194,21 @@ class InfoNoise(NoiseSampler):
             "density": _four_digits(learned.density),
         }
         return row if before is not None else row | {"base_density": _four_digits(self.base_table.density)}
+
+    def publish(self, folder: Path, scheduler: Any) -> None:
+        """Write `infonoise/`: what was learned, as an `InfoNoiseScheduler`; nothing before the first table."""
+        if self.profile is None:
+            return
+        from entrecipes.noise.scheduler import InfoNoiseScheduler  # which learns with this very class
+
+        InfoNoiseScheduler.from_config(
+            {**scheduler.config, "_class_name": type(scheduler).__name__},
+            profile={"log_sigma": self.centres.tolist(), "x0_error": self.profile.x0_error.tolist()},
+            pivot=self.pivot,
+            train_images=self.facts.images,
+            data_std=self.facts.data_std,
+            learning=self.section.model_dump(mode="json", exclude_unset=True),
+        ).save_pretrained(folder / "infonoise")
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 

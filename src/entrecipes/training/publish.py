@@ -25,6 +25,8 @@ VERSIONS = ("entrecipes", "torch", "diffusers", "accelerate", "transformers", "d
 def publish(run: Run, name: str) -> None:
     """Write `pipeline/`, `samples/final.png`, `run.json`, the card and the report into the run folder.
 
+    A noise sampler that learned something leaves it beside the pipeline and inside its folder.
+
     Args:
         run: A run that has seen all its images.
         name: The recipe's name.
@@ -32,6 +34,7 @@ def publish(run: Run, name: str) -> None:
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
     if run.accelerator.is_main_process:
         save_pipeline(run, run.folder / "pipeline")
+        run.noise.publish(run.folder, run.components.scheduler)
         for path in run.grid_path.parent.glob(f"{run.grid_path.stem}.*"):
             shutil.copyfile(path, path.with_stem("final"))
         (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
@@ -46,6 +49,7 @@ def save_pipeline(run: Run, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         run.components.pipeline(run.eval_model).save_pretrained(partial)
+        run.noise.publish(partial, run.components.scheduler)
     except SafetensorError as error:  # a full disk, told by the library in its own way
         raise UserError(f"{partial}: {error}; the checkpoints are whole: free some space and run again") from error
     shutil.rmtree(target, ignore_errors=True)
