@@ -34,6 +34,18 @@ DIT = {
         "num_embeds_ada_norm": 1000,
     },
 }
+SEQUENCE = {
+    "class": "SequenceTransformer1DModel",
+    "config": {
+        "sample_size": 16,
+        "alphabet": " abcdefghijklmnopqrstuvwxyz",
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "dropout": 0.1,
+    },
+}
+TEXT = {"type": "sequences", "max_images": 200}
 EDM = {"class": "EDMEulerScheduler"}
 FLOW = {
     "class": "DPMSolverMultistepScheduler",

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import DIT, EDM, FLOW, UNET, tiny_recipe
+from tiny import DIT, EDM, FLOW, SEQUENCE, TEXT, UNET, tiny_recipe
 
 from entrecipes.errors import UserError
 from entrecipes.training import checkpoint
@@ -39,6 +39,8 @@ CHANGES = {
     "8-bit": {"optimizer": {"type": "adamw8bit"}},
     "no average": {"training": {"ema": None}},
     "bf16, accumulated": {"training": {"precision": "bf16", "micro_batch_size": 8}},
+    "sequences": {"model": SEQUENCE, "data": TEXT, "training": {"gradient_checkpointing": True}},
+    "sequences, bf16": {"model": SEQUENCE, "scheduler": FLOW, "data": TEXT, "training": {"precision": "bf16"}},
 }
 
 

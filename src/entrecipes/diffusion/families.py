@@ -222,6 +222,9 @@ class SequenceTransformer1D(Family):
         asked = self.asked_for(labels, num_images, guidance_scale)
         return pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="ids").sequences
 
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Our own pipeline samples with all."""
+
     def channels(self, model: ModelMixin) -> int:
         return len(model.config.alphabet)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from entrecipes.errors import UserError
 from entrecipes.evaluation.result import Metric, count_tag
 from entrecipes.information.ngrams import ngram_counts, total_variation
 
@@ -31,7 +32,14 @@ def compare_ngrams(
     Returns:
         `ngram1_tv_M`, `ngram2_tv_M`, `ngram3_tv_M`, each with the deviation over bootstrap resamples of the generated
         sequences.
+
+    Raises:
+        UserError: When there are fewer than two sequences on either side.
     """
+    if min(len(real), len(fake)) < 2:
+        raise UserError(
+            f"evaluation.samples: {len(real)} real and {len(fake)} generated sequences can't be compared; use hundreds"
+        )
     random = np.random.default_rng(seed)
     draws = random.multinomial(len(fake), np.full(len(fake), 1 / len(fake)), size=RESAMPLES)
     metrics = []

@@ -171,6 +171,8 @@ class SequencePipeline(DiffusionPipeline):
         batch_size: int | None = None,
         class_labels: list[int] | int | Tensor | None = None,
         num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "text",
         return_dict: bool = True,
@@ -181,6 +183,8 @@ class SequencePipeline(DiffusionPipeline):
             batch_size: Sequences; by default one a label, or one.
             class_labels: Class of each sequence, or of all; a class-conditional model needs them.
             num_inference_steps: Denoising steps.
+            sigmas: Noise levels to step through in place of the scheduler's own, where it takes them.
+            timesteps: Or timesteps.
             generator: One for all, or one a sequence (then a sequence does not depend on its batch).
             output_type: `text` (a string each), `ids` (uint8 [n, L] positions in the alphabet) or `pt` (x0 [n, V, L]).
             return_dict: False gives a tuple.
@@ -194,14 +198,18 @@ class SequencePipeline(DiffusionPipeline):
         labels = self._labels(class_labels, batch_size)
         count = batch_size or (1 if labels is None else len(labels))
         shape = (count, len(config.alphabet), config.sample_size)
-        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        x = x * self.scheduler.init_noise_sigma
+        scheduler = self.scheduler
+        grid = {"sigmas": sigmas, "timesteps": timesteps}
+        grid = {key: value for key, value in grid.items() if value is not None}
+        scheduler.set_timesteps(**(grid or {"num_inference_steps": num_inference_steps}), device=self._execution_device)
+        x = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching schedulers don't name it, nor any scaling
+        scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
         extra = self._step_arguments(generator)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(x, timestep)
-            prediction = self.transformer(scaled, timestep, class_labels=labels, return_dict=False)[0]
-            x = self.scheduler.step(prediction, timestep, x, **extra, return_dict=False)[0]
+        for timestep in self.progress_bar(scheduler.timesteps):
+            scaled = scale(x, timestep).to(self.transformer.dtype)
+            prediction = self.transformer(scaled, timestep, class_labels=labels, return_dict=False)[0].float()
+            x = scheduler.step(prediction, timestep, x, **extra, return_dict=False)[0]
         sequences: Any = x if output_type == "pt" else x.argmax(1).to(torch.uint8)
         if output_type == "text":
             sequences = ["".join(config.alphabet[i] for i in row) for row in sequences.tolist()]
