@@ -1,4 +1,4 @@
-"""The comparison scripts run and write what they print."""
+"""The comparison script runs and writes what it prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 from tiny import tiny
 
@@ -28,10 +27,3 @@ def test_the_speed_comparison_times_all_three(tmp_path):
     assert set(numbers["images_per_second"]) == {"trainer", "bare", "usual form"}
     assert all(len(rates) == 3 and min(rates) > 0 for rates in numbers["images_per_second"].values())
     assert "trainer against the usual form" in said
-
-
-@pytest.mark.slow
-def test_seeds_are_measured_with_their_spread(tmp_path):
-    said, numbers = call(tmp_path, "measure_seeds.py", "tiny.yaml", "--seeds", "0", "1")
-    assert len(numbers["values"]["heldout_nats"]) == 2 and "heldout_nats" in said
-    assert numbers["values"]["heldout_nats"][0] != numbers["values"]["heldout_nats"][1]

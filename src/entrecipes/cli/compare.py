@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,29 +57,28 @@ def run(args: argparse.Namespace) -> int:
     arms = _arms([word for word in words if not _is_change(word)], args.arm)
     output = args.output or Path("outputs/compare") / next(iter(arms))
 
-    from entrecipes.report.comparison.page import write_comparison
     from entrecipes.training.compare import compare
 
-    for name in ("SIGTERM", "SIGHUP"):  # a killed comparison stops its runs, which leave checkpoints
-        if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), _interrupt)
-    comparison = compare(
-        arms,
-        seeds,
-        output=output,
-        overrides=[word for word in words if _is_change(word)],
-        baseline=args.baseline,
-        metric=args.metric,
-        target=args.target,
-        jobs=args.jobs,
-        unequal=args.unequal,
-        train=not args.report_only,
-        listener=_say,
-        command=_command(args, words),
-    )
+    with _interruptible():
+        comparison = compare(
+            arms,
+            seeds,
+            output=output,
+            overrides=[word for word in words if _is_change(word)],
+            baseline=args.baseline,
+            metric=args.metric,
+            target=args.target,
+            jobs=args.jobs,
+            unequal=args.unequal,
+            train=not args.report_only,
+            listener=_say,
+            command=_command(args, words),
+        )
     if not any(run.finished for run in comparison.runs):
         said = next((run.message for run in comparison.runs if run.message), "no run has finished yet")
         raise UserError(f"nothing to compare: {said} (see {output / 'logs'})")
+    from entrecipes.report.comparison.page import write_comparison
+
     paths = write_comparison(comparison, output)
     _print(comparison, paths)
     failed = [run for run in comparison.runs if run.state == "failed"]
@@ -139,8 +139,21 @@ def _command(args: argparse.Namespace, words: Sequence[str]) -> str:
     return shlex.join(parts + ["--unequal"] * args.unequal)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A kill or a closed terminal counts as Ctrl-C: the runs are stopped and leave checkpoints."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) == signal.SIG_DFL]
+    for name in names:
+        signal.signal(name, interrupt)
+    try:
+        yield
+    finally:
+        for name in names:
+            signal.signal(name, signal.SIG_DFL)
 
 
 def _say(arm: str, run: ArmRun) -> None:
