@@ -55,6 +55,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         plots={name: f"assets/{path.name}" for name, path in plots.items()},
         own=needs_entrecipes(run),
         snippet=snippet(run, repo_id or _shown(pipeline)),
+        infonoise=(repo_id or _shown(pipeline)) if (pipeline / "infonoise").is_dir() else None,
         local=repo_id is None,
         held_out=facts.held_out_text(folder),
         noise_schedule=facts.noise_schedule_text(folder),
