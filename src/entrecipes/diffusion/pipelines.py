@@ -62,12 +62,13 @@ def best_device() -> torch.device:
     return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
 
 
-def load_components(section: Pipeline, seed: int = 0) -> Components:
+def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) -> Components:
     """Build or load what `pipeline:` names, on the CPU.
 
     Args:
         section: The recipe's section.
         seed: Seed of freshly built weights, the same on every device.
+        to_sample: Refuse a scheduler that the family's stock pipeline can't sample with.
 
     Raises:
         UserError: For an unknown class or argument, an unsupported model or scheduler, or a pipeline that can't be had.
@@ -75,6 +76,12 @@ def load_components(section: Pipeline, seed: int = 0) -> Components:
     if section.pretrained is not None:
         pipeline = load_pipeline(section.pretrained, section.revision)
         family = family_of_pipeline(pipeline)
+        known = (family.component, "scheduler", "vae")
+        if others := [name for name, part in pipeline.components.items() if part is not None and name not in known]:
+            raise UserError(
+                f"{section.pretrained}: {type(pipeline).__name__} also carries {', '.join(others)}, which is not "
+                f"supported; supported are pipelines of {', '.join(FAMILIES)} with at most a VAE"
+            )
         model, scheduler, vae = getattr(pipeline, family.component), pipeline.scheduler, getattr(pipeline, "vae", None)
         vae_id = f"{section.pretrained}@{section.revision}/vae"
     else:
@@ -91,7 +98,8 @@ def load_components(section: Pipeline, seed: int = 0) -> Components:
     if not isinstance(model.config.sample_size, int):
         raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
     family.check_vae(model, vae)
-    family.check_scheduler(scheduler)
+    if to_sample:
+        family.check_scheduler(scheduler)
     family.prepare_for_training(model, from_scratch=section.pretrained is None)
     if vae is not None:
         vae = None if is_pixel_vae(vae) else vae.requires_grad_(False).eval()
@@ -122,7 +130,7 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
             name = cls.load_config(source, revision=revision).get("_class_name")
             cls = next((f.pipeline_class for f in FAMILIES.values() if f.pipeline_class.__name__ == name), cls)
         return cls.from_pretrained(source, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (
             "check the folder"
