@@ -247,8 +247,11 @@ def test_listing_imports_neither_torch_nor_datasets() -> None:
         ("game_icons", 4_134),
         ("circle_flags", 718),
         ("photos", 6_000),
+        ("austen", 6),
+        ("dna", 1),
+        ("splice", 3_186),
     ],
 )
 def test_every_set_can_be_prepared(name: str, images: int) -> None:
-    """Through the real clients: needs npm, pip and a network."""
+    """Through the real clients: needs npm, pip, apt and a network."""
     assert prepared.facts(prepared.prepare(name))["images"] == images

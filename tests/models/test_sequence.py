@@ -1,4 +1,4 @@
-"""The sequence model and its pipeline: shapes, times of every path, exact samples, saving, loading in another process."""
+"""The sequence model and its pipeline: shapes, the times of every path, exact samples, saving and loading."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(**config) -> SequenceTransformer1DModel:
     """A model whose output depends on everything (a fresh one predicts zero)."""
     torch.manual_seed(0)
     model = SequenceTransformer1DModel(**(SIZE | config))
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     assert all(parameter.any() for parameter in model.parameters())
