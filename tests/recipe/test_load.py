@@ -86,7 +86,7 @@ BROKEN = {
     ),
     "missing aliased key": (
         GOOD.replace("pretrained: some/model", "build: {model: {config: {}}, scheduler: {class: DDPMScheduler}}"),
-        ["r.yaml:3: pipeline.build.model.class: is missing: Name of a diffusers class"],
+        ["r.yaml:3: pipeline.build.model.class: is missing: Name of a diffusers class, or of ours"],
     ),
     "wrong number": (
         GOOD + "  batch_size: sixteen\n",
@@ -114,7 +114,9 @@ BROKEN = {
     ),
     "bad choice in a list": (
         GOOD + "evaluation:\n  metrics:\n    - fid\n    - kit\n",
-        ["r.yaml:11: evaluation.metrics.1: expected fid, kid or precision_recall, got 'kit'; did you mean 'kid'?"],
+        [
+            "r.yaml:11: evaluation.metrics.1: expected fid, kid, precision_recall or ngrams, got 'kit'; did you mean 'kid'?"
+        ],
     ),
     "out of bounds": (
         GOOD + "optimizer:\n  type: adamw\n  learning_rate: -1e-4\n",
@@ -144,6 +146,21 @@ BROKEN = {
         [
             "r.yaml:8: training.batch_size: must be a multiple of micro_batch_size 4",
             "r.yaml:11: evaluation.metrics_every: has no effect while evaluation.metrics is empty",
+        ],
+    ),
+    "a metric of sequences on images": (
+        GOOD + "evaluation:\n  metrics: [ngrams]\n",
+        ["r.yaml:9: evaluation.metrics: 'ngrams' is not measured on images; take fid, kid or precision_recall"],
+    ),
+    "sequences for an image model": (
+        GOOD.replace("pretrained: some/model", "build: {model: {class: UNet2DModel}, scheduler: {class: A}}").replace(
+            "digits", "sequences"
+        )
+        + "evaluation:\n  metrics: [kid]\n",
+        [
+            "r.yaml:3: pipeline.build.model.class: UNet2DModel does not denoise sequences, which data.type sequences "
+            "holds; take SequenceTransformer1DModel",
+            "r.yaml:9: evaluation.metrics: 'kid' is not measured on sequences; take ngrams",
         ],
     ),
     "decay without a start": (
@@ -368,6 +385,11 @@ def test_data_keys_without_effect_are_warned_of(write) -> None:
         "data.shuffle_buffer",
         "training.label_dropout",
     ]
+
+
+def test_sequences_have_no_feature_extractor(write) -> None:
+    text = GOOD.replace("digits", "sequences") + "evaluation: {metrics: [ngrams], features: {type: inception}}\n"
+    assert load(write(text)).warnings == ["r.yaml:8: evaluation.features: has no effect with sequences"]
 
 
 def test_keys_with_effect_are_not_warned_of(write) -> None:

@@ -22,7 +22,7 @@ class Model(Component):
     """The denoising network: a class of diffusers or of ours that has a family here, and its configuration."""
 
     class_name: Literal["UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel"] = Field(alias="class")
-    """Name of a diffusers class, or of one of `entrecipes.models`."""
+    """Name of a diffusers class, or of ours."""
 
 
 class Build(Section):
