@@ -37,6 +37,7 @@ def test_the_wheel_holds_every_recipe_and_module(tmp_path: Path) -> None:
     }
     modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/entrecipes").rglob("*.py")}
     modules |= {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/entrecipes").rglob("*.jinja")}
+    modules |= {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/entrecipes").rglob("*.txt")}
     assert recipes and recipes <= held
     assert {path for path in modules if "/recipes/" not in path} <= held
 

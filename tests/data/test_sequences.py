@@ -223,6 +223,16 @@ def test_what_does_not_fit_is_told(examples: sequences.Sequences) -> None:
         sequences.load(SequenceData(), length=7, alphabet=DNA)
 
 
+def test_a_text_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("Call me Ishmael. Some years ago - never mind how long precisely - " * 3)
+    train = sequences.load(SequenceData(name=str(tmp_path / "mine.txt"), held_out=0.3), length=16, alphabet=TEXT).train
+    assert train.name == "mine" and "".join(TEXT[i] for i in train.tensor[0]) == "call me ishmael "
+    assert main(["data", "inspect", str(tmp_path / "mine.txt")]) == 0
+    assert "call me ishmael" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none.txt can't be read"):
+        sequences.load(SequenceData(name=str(tmp_path / "none.txt")), length=16, alphabet=TEXT)
+
+
 def test_names_that_hold_nothing_are_told() -> None:
     with pytest.raises(UserError, match="run `entrecipes data prepare austen`"):
         sequences.load(SequenceData(name="austen"), length=8, alphabet=TEXT)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = verbs.add_parser(
         "inspect", help="counts, sizes, captions, licence, and a grid of images (or windows of text)"
     )
-    inspect.add_argument("name", help="a prepared set, a folder of images, or a folder saved by `datasets`")
+    inspect.add_argument("name", help="a prepared set, a folder of images or saved by `datasets`, or a text file")
     inspect.add_argument("-o", "--output", type=Path, metavar="PNG", help="the grid's file (NAME.png)")
     inspect.add_argument("-n", "--count", type=int, default=64, help="images in the grid (%(default)s)")
 

@@ -40,16 +40,16 @@ class SequenceInspection:
 
 
 def holds_sequences(name: str) -> bool:
-    """Whether `name` (embedded, prepared, or a folder that `prepare` made) is a set of sequences."""
+    """Whether `name` (embedded, prepared, a folder that `prepare` made, or a text file) is a set of sequences."""
     noted = facts(Path(name)) or facts(prepared_folder(name)) or {}
-    return name == EMBEDDED or "alphabet" in noted
+    return name == EMBEDDED or name.endswith(".txt") or "alphabet" in noted
 
 
 def inspect_sequences(name: str, *, count: int = 8, seed: int = 0) -> SequenceInspection:
     """Describe a set of sequences.
 
     Args:
-        name: The embedded set, a prepared one, or a folder that `prepare` made.
+        name: The embedded set, a prepared one, a folder that `prepare` made, or a text file.
         count: Windows shown, drawn by `seed`.
 
     Raises:

@@ -77,12 +77,17 @@ def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
 
 
 def read_sequences(name: str, label_column: str | None = "label") -> Sequences:
-    """The embedded set, or one that `entrecipes data prepare` has built.
+    """The embedded set, a text file (`NAME.txt`), or a set that `entrecipes data prepare` has built.
 
     Raises:
-        UserError: It is not prepared, holds no sequences, or lacks the column (`label` may be missing).
+        UserError: It is not there or not prepared, holds no sequences, or lacks the column (`label` may be missing).
     """
-    return _embedded() if name == EMBEDDED else _prepared(name, label_column)
+    if name == EMBEDDED:
+        return _text_file(Path(__file__).with_name(f"{EMBEDDED}.txt"), EMBEDDED_SOURCE, "public domain")
+    path = Path(name).expanduser()
+    if path.suffix == ".txt":
+        return _text_file(path, f"The letters and spaces of {path.name}.", "not stated")
+    return _prepared(name, label_column)
 
 
 Parts = list[tuple[int, np.ndarray]]
@@ -120,9 +125,12 @@ def _windows(whole: Sequences, parts: Parts, length: int, stride: int) -> ImageS
     )
 
 
-def _embedded() -> Sequences:
-    text = plain_text(Path(__file__).with_name(f"{EMBEDDED}.txt").read_text(encoding="utf-8"))
-    return Sequences(EMBEDDED, EMBEDDED_SOURCE, "public domain", TEXT, [text])
+def _text_file(path: Path, source: str, license: str) -> Sequences:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.name: {path} can't be read as UTF-8 text ({error})") from None
+    return Sequences(path.stem, source, license, TEXT, [plain_text(text)])
 
 
 def _prepared(name: str, label_column: str | None) -> Sequences:

@@ -117,7 +117,8 @@ class SequenceData(Data):
 
     type: Literal["sequences"] = "sequences"
     name: str = "pride"
-    """`pride` (60 kB of text, no download), or a prepared set of sequences: `austen`, `dna`, `splice`."""
+    """`pride` (65 kB of text, no download), a prepared set of sequences (`austen`, `dna`, `splice`), or a text file
+    `NAME.txt`, of which letters and spaces are kept."""
     length: int | None = Field(None, gt=0)
     """Symbols in a window; null: the model's sample size."""
     stride: PositiveCount | None = None
