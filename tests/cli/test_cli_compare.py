@@ -119,6 +119,16 @@ def test_changes_for_all_may_stand_behind_the_seeds_or_two_dashes(here, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_of_another_recipe_is_set_aside_and_made_anew(here, capsys):
+    command = ["compare", "tiny.yaml", "--seeds", "1", "-o", "changing", "training.images=64"]
+    assert cli.main(command) == 0 and cli.main([*command, "noise.mean=0.5"]) == 0
+    runs = here / "changing/runs/tiny"
+    assert "mean: 0.5" in (runs / "seed-0/recipe.yaml").read_text()
+    assert "mean: -1.2" in (runs / "seed-0.previous-1/recipe.yaml").read_text()
+    assert capsys.readouterr().out.count("s of training") >= 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_comparison_goes_on_where_it_was(here, number):
     """The runs stop with a checkpoint, nothing is left running, and the end is that of an uninterrupted one."""

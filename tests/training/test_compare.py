@@ -14,7 +14,7 @@ from entrecipes.errors import UserError
 from entrecipes.recipe.load import load
 from entrecipes.training.compare import check_equal, compare
 from entrecipes.training.planning import Planned, plan
-from entrecipes.training.processes import Runner, jobs_beside
+from entrecipes.training.processes import Runner, _last_words, jobs_beside
 
 ARMS = {"edm": (["tiny.yaml"], []), "flat": (["tiny.yaml"], ["noise={type: log_uniform}"])}
 
@@ -128,6 +128,13 @@ def test_what_may_differ_is_told_of_each_arm():
     assert ("noise.type", "log_normal", "log_uniform") in compared.arms["flat"].changes
 
 
+def test_what_a_change_takes_away_is_told_once_an_arm(caplog):
+    plan({"edm": (["tiny.yaml"], ["evaluation.samples=2k"])}, [0, 1], Path("out"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "warning: edm: command line: evaluation.samples: has no effect while evaluation.metrics is empty"
+    ]
+
+
 def test_nats_need_a_pinned_gate():
     plans = plan({"edm": (["tiny.yaml"], ["evaluation.held_out.gate_pivot=null"])}, [0], Path("out"))
     with pytest.raises(UserError, match="gate_pivot=0.2"):
@@ -165,6 +172,17 @@ def test_two_comparisons_never_train_the_same_run():
         (run,) = Runner(Path("out"), listener=lambda arm, run: said.append((arm, run.state))).run_all([planned])
     assert run.state == "failed" and "another process is still at it" in run.message
     assert said == [("edm", "failed")] and not planned.folder.exists()
+
+
+def test_the_last_attempt_says_why_it_failed():
+    log = Path("a.log")
+    attempt = '{"kind": "command", "jobs": 1}\n'
+    log.write_text(f"{attempt}error: an old one\n{attempt}{{}}\nwarning: w\nerror: the loss became nan\nmore\n")
+    assert _last_words(log) == "the loss became nan"
+    log.write_text(f"{attempt}Traceback\n  File\nValueError: broken\n")
+    assert _last_words(log) == "ValueError: broken"
+    log.write_text(f'{attempt}{{"kind": "train"}}\n')
+    assert _last_words(log) == ""
 
 
 def test_how_many_ran_beside_a_run_is_remembered():

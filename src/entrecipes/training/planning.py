@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from typing import Any
 from entrecipes.errors import UserError
 from entrecipes.recipe.changes import HARMLESS, differences
 from entrecipes.recipe.load import load
+
+logger = logging.getLogger(__name__)
 
 FREE = (
     *(key for key in HARMLESS if key != "evaluation."),
@@ -96,7 +99,14 @@ def plan(
     if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0:
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: give different whole numbers from 0 up")
     return [
-        _planned(name, seed, sources, [*overrides, *own], output / "runs" / file_name(name) / f"seed-{seed}")
+        _planned(
+            name,
+            seed,
+            sources,
+            [*overrides, *own],
+            output / "runs" / file_name(name) / f"seed-{seed}",
+            tell=seed == seeds[0],
+        )
         for seed in seeds
         for name, (sources, own) in arms.items()
     ]
@@ -136,10 +146,15 @@ def _seeds_of(arms: Mapping[str, tuple[Sources, Sequence[str]]]) -> list[int]:
     raise UserError("the runs have no seed in common; say with --seeds which to compare: missing ones are trained")
 
 
-def _planned(name: str, seed: int, sources: Sources, overrides: Sequence[str], folder: Path) -> Planned:
+def _planned(
+    name: str, seed: int, sources: Sources, overrides: Sequence[str], folder: Path, tell: bool = False
+) -> Planned:
     first, *further = map(Path, sources)
     own = (f"training.seed={seed}", f"evaluation.seed={SAMPLING_SEEDS * seed}")
     loaded = load(first / "recipe.yaml" if is_run(first) else first, [*overrides, *own])
+    if tell:
+        for warning in loaded.warnings:
+            logger.warning("warning: %s: %s", name, warning)
     resolved = loaded.recipe.model_dump(mode="json", by_alias=True)
     planned = Planned(name, seed, folder, loaded.path, (*overrides, *own), resolved)
     for path in (first, *further) if is_run(first) else further:

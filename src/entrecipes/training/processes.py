@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -72,7 +73,8 @@ class Runner:
             return ""
         if code == 0:
             return "its recipe changed while the comparison ran"
-        return _last_words(self._log(planned)) or f"exit code {code}"
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else ""
+        return "; ".join(filter(None, (how, _last_words(self._log(planned))))) or f"exit code {code}"
 
     def _wait(self, command: list[str], log: object) -> int:
         with self.lock:

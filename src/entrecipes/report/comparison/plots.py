@@ -102,7 +102,7 @@ def speedups(figure: Figure, comparison: Comparison) -> None:
     for unit, (color, marker, _) in UNITS.items():
         axes.plot([], [], color=color, marker=marker, linestyle="", label=f"fewer {unit}")
     if any(math.isinf(comparison.speedup(arm).low) for arm in comparison.others if comparison.speedup(arm)):
-        axes.plot([], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="", label="only to its own best")
+        axes.plot([], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="", label="own best only")
     _legend(figure, axes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from entrecipes.report.comparison.arms import MEMORY, SECONDS, SPEED, TRAIN_NATS, Spread
@@ -43,8 +44,9 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def headlines(comparison: Comparison) -> list[str]:
-    """One sentence for each arm: how many times fewer images and seconds it needs."""
-    return [_headline(comparison, arm) for arm in comparison.others if comparison.speedup(arm)]
+    """One sentence for each arm, the fastest first: how many times fewer images and seconds it needs."""
+    arms = [arm for arm in comparison.others if comparison.speedup(arm)]
+    return [_headline(comparison, arm) for arm in sorted(arms, key=lambda arm: -comparison.speedup(arm).median)]
 
 
 def better(comparison: Comparison, name: str) -> bool | None:
@@ -86,13 +88,12 @@ def spread_text(spread: Spread) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def count_text(spread: Spread) -> str:
+def count_text(spread: Spread, shown: Callable[[float], str] = number) -> str:
     """The median of image counts or seconds with the lowest and highest; some may be `not reached`."""
     if not spread:
         return "-"
-    median, low, high = (
-        NOT_REACHED if math.isinf(v) else f"{v:,.0f}" for v in (spread.median, spread.low, spread.high)
-    )
+    values = spread.median, spread.low, spread.high
+    median, low, high = (NOT_REACHED if math.isinf(value) else shown(value) for value in values)
     return median if low == high else f"{median} ({low} to {high})"
 
 
@@ -132,9 +133,12 @@ def _speedups(comparison: Comparison) -> Table:
     for arm in comparison.arms:
         ratios = [factors(comparison.speedup(arm)), factors(comparison.speedup(arm, "seconds"))]
         ratios = ratios if arm != comparison.baseline else ["baseline", "baseline"]
-        counts = [count_text(comparison.images_to_target(arm)), count_text(comparison.seconds_to_target(arm))]
+        counts = [
+            count_text(comparison.images_to_target(arm), "{:,.0f}".format),
+            count_text(comparison.seconds_to_target(arm)),
+        ]
         rows.append([arm, *ratios, *counts])
-    title = f"to reach {target_text(comparison)}: median (lowest to highest) over {seeds_text(comparison)}"
+    title = f"To reach {target_text(comparison)}: median (lowest to highest) over {seeds_text(comparison)}"
     return Table(title, ["arm", "fewer images", "fewer seconds", "images", "seconds"], rows)
 
 
@@ -146,8 +150,8 @@ def _otherwise(comparison: Comparison) -> Table:
         relative = relative if arm != comparison.baseline else ["baseline", "baseline"]
         rows.append([arm, relative[0], factors(comparison.budget_ratio(arm)), relative[1]])
     base = comparison.baseline
-    header = ["arm", "mean curves", f"than {base}'s whole budget", f"{base} to the arm's best"]
-    return Table("fewer images, counted otherwise", header, rows)
+    header = ["arm", "of the mean curves", f"than {base}'s whole budget", f"{base} to the arm's best"]
+    return Table("Fewer images, counted otherwise", header, rows)
 
 
 def _metric(comparison: Comparison) -> Table:
@@ -185,7 +189,7 @@ def _number(comparison: Comparison, name: str) -> Table:
 def _costs(comparison: Comparison) -> Table:
     """What the runs took, in all."""
     rows = [[arm, *(spread_text(comparison.values(arm, name)) for name in COSTS)] for arm in comparison.arms]
-    return Table("the whole run: mean (lowest to highest)", ["arm", *COSTS], rows)
+    return Table("The whole run: mean (lowest to highest)", ["arm", *COSTS], rows)
 
 
 def _only(comparison: Comparison) -> Table:
