@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class OwnLoop:
     learning: InfoNoiseSection
     objective: Objective
     loss_weight: Callable[[Tensor], Tensor] | None = None
-    config: Any
+    settings: Mapping[str, Any]
 
     _learner: InfoNoise | None = None
     _batch: int | None = None
@@ -136,17 +136,17 @@ class OwnLoop:
 
     def _learner_on(self, device: torch.device) -> InfoNoise:
         """The schedule that is learned, on a device; built when first asked for, and moved with the images."""
-        config, learner = self.config, self._learner
+        settings, learner = self.settings, self._learner
         if learner is None or learner.device != device:
             keys = self.learning
-            if not config.train_images and not (keys.warmup and keys.refresh_every):
+            if not settings["train_images"] and not (keys.warmup and keys.refresh_every):
                 raise UserError(
                     "InfoNoiseScheduler: warm-up and refreshes are shares of the training: say how long it is, "
                     "InfoNoiseScheduler.from_config(..., train_images=1_000_000), all epochs and processes together"
                 )
             facts = RunFacts(
-                images=config.train_images or 0,
-                data_std=config.data_std,
+                images=settings["train_images"] or 0,
+                data_std=settings["data_std"],
                 weight=self._weight,
                 reduce=self._sum_over_processes,
             )
@@ -163,7 +163,7 @@ class OwnLoop:
         profile = self._learner.profile
         if profile is not None:
             table = {"log_sigma": profile.log_sigma.tolist(), "x0_error": profile.x0_error.tolist()}
-            self.register_to_config(profile=table, pivot=self._learner.pivot)
+            self.register_to_config(_infonoise={**self.settings, "profile": table, "pivot": self._learner.pivot})
 
     def _batch_of_all(self, n: int) -> int:
         """Samples of a step over all processes; agreed on once, so that all of them refresh at the same step even where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Sampling:
     timesteps: Tensor
     sigmas: Tensor
     num_inference_steps: int | None = None
-    config: Any
+    settings: Mapping[str, Any]
     _base: SchedulerMixin
 
     def _set_levels(self, levels: Tensor, device: torch.device | str | None = None) -> None:
@@ -132,8 +133,10 @@ class Sampling:
         return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _bounded(self, x0: Tensor) -> Tensor:
-        """x0 within the range that the base's `thresholding` or `clip_sample` asks for; the noise follows from it, as with
-        DDIM's `use_clipped_model_output`."""
+        """x0 within the range that the base's `thresholding` or `clip_sample` asks for.
+
+        The noise follows from it, as with DDIM's `use_clipped_model_output` and in DDPM.
+        """
         config = self._base.config
         if config.get("thresholding"):
             return self._base._threshold_sample(x0)
@@ -142,6 +145,6 @@ class Sampling:
     def _extrapolated(self, x0: Tensor, here: Tensor, there: Tensor) -> Tensor:
         """x0 at the middle of the step in log sigma, along the line through the last two; x0 itself at order 1."""
         last, self._last = self._last, (x0, here)
-        if self.config.solver_order == 1 or last is None or self._step_index == len(self.timesteps) - 1:
+        if self.settings["solver_order"] == 1 or last is None or self._step_index == len(self.timesteps) - 1:
             return x0
         return x0 + expand((here - there) / (last[1] - here) / 2, x0) * (x0 - last[0])

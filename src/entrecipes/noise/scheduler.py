@@ -1,7 +1,8 @@
 """`InfoNoiseScheduler`: InfoNoise as a diffusers scheduler, for pipelines and for training loops of one's own.
 
-Its config is flat: every key of a stock scheduler (the *base*), which says what the noise path is, and keys of its own.
-So it is made from any supported stock scheduler and turned back into one, and what was learned rides along both ways:
+Its config has every key of a stock scheduler (the *base*), which says what the noise path is, and a block of its own,
+`_infonoise`. So it is made from any supported stock scheduler and turned back into one; stock schedulers keep the block
+without a word (they warn of unknown keys, but not of private ones), and what was learned rides along both ways:
 
     scheduler = InfoNoiseScheduler.from_config(pipeline.scheduler.config)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)  # or scheduler.base
@@ -73,11 +74,13 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
     ) -> None:
         kind = stock_class(base_class)
         _refuse_unknown(base_config, kind)
+        if solver_order is not None and "solver_order" in init_keys(kind):
+            base_config["solver_order"] = solver_order
         self._base = kind(**base_config)
         self.path = GaussianPath.from_scheduler(self._base)
         self.learning = _validated(InfoNoiseSection, learning, "learning")
         self.objective = Objective(_validated(ObjectiveSection, objective, "objective"), self.path)
-        own = {
+        settings = {
             "base_class": base_class,
             "profile": profile,
             "pivot": pivot,
@@ -88,21 +91,15 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
             "learning": learning,
             "objective": objective,
         }
-        self.register_to_config(**{**self._base.config, **own, "_class_name": type(self).__name__})
-        self._check()
-        self._set_levels(self.path.at_fraction(torch.linspace(1, 0, len(self), dtype=torch.float64)))
+        _check(settings)
+        self.register_to_config(**{**self._base.config, "_infonoise": settings, "_class_name": type(self).__name__})
+        ends = self.path.timestep(torch.tensor([self.path.log_sigma_max, self.path.log_sigma_min]))
+        self._set_levels(self.path.log_sigma(torch.linspace(*ends.tolist(), len(self), dtype=torch.float64)))
 
-    def _check(self) -> None:
-        """Refuse values that would fail later. Raises UserError."""
-        config = self.config
-        if config.solver_order not in (1, 2):
-            raise UserError(f"solver_order: {config.solver_order} is not supported; pass solver_order=2 or 1")
-        if config.grid not in (None, "base", *GRIDS):
-            raise UserError(f"grid: there is no '{config.grid}'{nearest(config.grid, ('base', *GRIDS))}")
-        if config.profile is not None:
-            _as_profile(config.profile)
-        elif config.grid not in (None, "base"):
-            raise UserError(f"grid: {config.grid} needs a profile; train first, load one, or take grid='base'")
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The arguments of the class, without the stock scheduler's own keys."""
+        return self.config["_infonoise"]
 
     # -- configuration ----------------------------------------------------------------------------------------------
 
@@ -119,7 +116,8 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
             UserError: As the class itself.
         """
         defaults = config.get("_use_default_values", ())
-        given = {key: value for key, value in config.items() if key not in defaults and not key.startswith("_")}
+        stock = {key: value for key, value in config.items() if key not in defaults and not key.startswith("_")}
+        given = {**config.get("_infonoise", {}), **stock}
         if config.get("_class_name") not in (None, cls.__name__):
             given["base_class"] = config["_class_name"]
         elif "base_class" not in {**given, **kwargs}:  # a stock scheduler that was never saved does not say its name
@@ -135,7 +133,7 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
     @property
     def profile(self) -> Profile | None:
         """What was learned so far, or loaded."""
-        return None if self.config.profile is None else _as_profile(self.config.profile)
+        return None if self.settings["profile"] is None else _as_profile(self.settings["profile"])
 
     @property
     def base(self) -> SchedulerMixin:
@@ -171,27 +169,27 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
             raise UserError("set_timesteps: give num_inference_steps, sigmas or timesteps, and only one of them")
         if sigmas is not None:
             sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
-            levels = from_sigmas(self.path, sigmas[: -1 if sigmas[-1] == 0 else None])
+            levels = from_sigmas(self.path, sigmas[:-1] if sigmas[-1:].eq(0).any() else sigmas)
         elif timesteps is not None:
             levels = self.path.log_sigma(torch.as_tensor(timesteps, dtype=torch.float64).cpu())
         else:
             levels = self._grid(num_inference_steps, mu)
         if levels.isnan().any() or levels.numel() == 0 or not bool((levels.diff() < 0).all()):
-            raise UserError("set_timesteps: sigmas and timesteps must be noise levels that fall, from the noisiest down")
+            raise UserError("set_timesteps: sigmas and timesteps must be noise levels that fall; the noisiest is first")
         self._set_levels(levels, device)
         self.num_inference_steps = len(levels)
 
     def _grid(self, n: int, mu: float | None = None) -> Tensor:
         """Decreasing log sigma [n] of the grid."""
         profile = self.profile
-        kind = self.config.grid or ("base" if profile is None else "infogrid")
+        kind = self.settings["grid"] or ("base" if profile is None else "infogrid")
         if n < 1:
             raise UserError(f"set_timesteps: {n} steps; take at least 1")
         if kind == "base":
             return own_levels(self._base, self.path, n, mu)
-        keys, pivot = self.learning, self.config.pivot
+        keys, pivot = self.learning, self.settings["pivot"]
         if pivot is None and keys.gate_order:
-            pivot = gate_pivot(keys, profile, RunFacts(data_std=self.config.data_std))[0]
+            pivot = gate_pivot(keys, profile, RunFacts(data_std=self.settings["data_std"]))[0]
         ends = self.path.log_sigma_min, self.path.log_sigma_max
         return sampling_grid(kind, profile, n, *ends, pivot if keys.gate_order else None, keys.gate_order)
 
@@ -218,6 +216,19 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
 
 # Saved pipelines name this module, and diffusers looks the class up there.
 InfoNoiseScheduler.__module__ = "entrecipes"
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse values that would fail later. Raises UserError."""
+    order, grid, profile = settings["solver_order"], settings["grid"], settings["profile"]
+    if order not in (1, 2):
+        raise UserError(f"solver_order: {order} is not supported; pass solver_order=2 or 1")
+    if grid not in (None, "base", *GRIDS):
+        raise UserError(f"grid: there is no '{grid}'{nearest(grid, ('base', *GRIDS))}")
+    if profile is not None:
+        _as_profile(profile)
+    elif grid not in (None, "base"):
+        raise UserError(f"grid: {grid} needs a profile; train first, load one, or take grid='base'")
 
 
 def _as_profile(table: Mapping[str, Sequence[float]]) -> Profile:

@@ -47,9 +47,17 @@ def stock_class_of(config: Mapping[str, Any]) -> str:
     keys = {key for key in config if not key.startswith("_")}
     names = [name for name in dir(diffusers) if name.endswith("Scheduler") and "Flax" not in name]
     for name in sorted(names, key=len):  # DDIMScheduler before DDIMParallelScheduler
-        if init_keys(getattr(diffusers, name)) == keys:
+        if init_keys(getattr(diffusers, name)) == keys and _is_supported({**config, "_class_name": name}):
             return name
     raise UserError("this config does not say whose it is: add the stock scheduler's name, base_class='...'")
+
+
+def _is_supported(config: Mapping[str, Any]) -> bool:
+    try:
+        GaussianPath.from_scheduler(config)
+    except UserError:
+        return False
+    return True
 
 
 def to_sigmas(path: GaussianPath, log_sigma: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ def told(scheduler: Any, levels: Tensor) -> dict[str, np.ndarray]:
             return {argument: values}
     raise UserError(
         f"{type(scheduler).__name__} can't be told its noise levels (it refuses them, or bends them on its way); "
-        "sample with the InfoNoiseScheduler itself, or with EulerDiscreteScheduler (VP) or FlowMatchEulerDiscreteScheduler"
+        "sample with the InfoNoiseScheduler itself, EulerDiscreteScheduler (VP) or FlowMatchEulerDiscreteScheduler"
     )
 
 
