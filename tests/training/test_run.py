@@ -35,6 +35,7 @@ def assert_equal(a, b):
 CHANGES = {
     "plain": {},
     "loss-aware": {"noise": {"type": "loss_aware", "bins": 4, "history": 2, "refresh_every": 32}},
+    "infonoise": {"noise": {"type": "infonoise", "warmup": 48, "ramp": 64, "refresh_every": 32, "buffer": 100}},
     "channels last": {"training": {"channels_last": True}},
     "8-bit": {"optimizer": {"type": "adamw8bit"}},
     "no average": {"training": {"ema": None}},
