@@ -1,7 +1,7 @@
 """Compare noise distributions on one recipe: InfoNoise, the usual fixed ones, loss-aware resampling, and a tuned one.
 
     python scripts/compare_noise.py infonoise/text --jobs 2 --results recipes/infonoise/results/text
-    python scripts/compare_noise.py infonoise/text --jobs 2 --ablations --results recipes/infonoise/results/text-ablations
+    python scripts/compare_noise.py infonoise/text --jobs 2 --ablations --results recipes/infonoise/results/ablations
 
 The tuned baseline is EDM's log-normal with the mean and deviation that end best in a grid, found with another seed. All
 arms share everything but `noise:`. Runs go to outputs/compare_noise/RECIPE; the same command goes on after a stop.
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--means", type=float, nargs="+", default=[-0.6, 0.0, 0.6], help="grid of log-normal means")
     parser.add_argument("--stds", type=float, nargs="+", default=[0.8, 1.2], help="grid of log-normal deviations")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside EDM's and the tuned one")
     parser.add_argument("--ablations", action="store_true", help="compare variants of InfoNoise instead")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, help="copy the report, its plots and the JSON here")
@@ -57,7 +58,7 @@ def main() -> int:
         return {name: ([args.recipe], [noise]) for name, noise in noises.items()}
 
     if args.ablations:
-        noises, output = ABLATIONS, output.with_name(f"{output.name}-ablations")
+        noises = ABLATIONS
     else:
         grid = {
             f"log-normal {mean:g}, {std:g}": f"noise={{type: log_normal, mean: {mean}, std: {std}}}"
@@ -67,7 +68,7 @@ def main() -> int:
         tuning = compare(arms_of(grid), [TUNING_SEED], output=output / "tuning", **common)
         write_comparison(tuning, output / "tuning")
         best = min(grid, key=lambda name: tuning.final(name).by_seed[TUNING_SEED])
-        noises = {**ARMS, f"tuned {best}": grid[best]}
+        noises = {name: ARMS[name] for name in dict.fromkeys(["edm", *args.arms])} | {f"tuned {best}": grid[best]}
     comparison = compare(arms_of(noises), args.seeds, output=output, baseline="edm", **common)
     written = write_comparison(comparison, output)
     if args.results:
