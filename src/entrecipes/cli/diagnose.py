@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
     section = HeldOut(images=args.images, noise_levels=args.levels)
     measured = measure_profile(components, data, device, section, args.batch_size, _expect)
     diagnosis, scheduler = _diagnose(args, recipe, assumed, components, measured)
+    written = _write(diagnosis, scheduler, args.output or _output(args.pipeline))
     parts = [_measured(measured, components), diagnosis.to_text(), diagnosis.sampling_text(), diagnosis.noise_yaml()]
     print("\n\n".join(parts))
-    for path in _write(diagnosis, scheduler, args.output or _output(args.pipeline)):
+    for path in written:
         print(f"  {path}")
     return 0
 
@@ -137,7 +138,6 @@ def _diagnose(
         weight=weight(recommended.profile.log_sigma),
         weighting=recipe.objective.weighting + (" (assumed)" if "objective.weighting" in assumed else ""),
         sampling={n: sampling_steps(scheduler, stock, n) for n in STEPS},
-        grid=scheduler.config.grid,
     )
     return diagnosis, scheduler
 

@@ -82,7 +82,8 @@ def measure_profile(
     drawn, indices = draw(images, section.images, section.seed)
     x0 = data.space.encode(drawn.to(device))
     labels = images.labels[indices].to(device) if images.labels is not None else None
-    if not x0.std() > 0:
+    distinct_values = x0.unique().numel()
+    if distinct_values < 2:
         raise UserError(f"data: all numbers of the {len(x0)} images are the same: there is no information to measure")
     denoiser = Denoiser(components.model.to(device).eval(), components.family, components.path)
     bundle = HeldOutBundle(section, x0, labels, components.path)
@@ -101,7 +102,7 @@ def measure_profile(
         split,
         len(x0),
         x0.std().item(),
-        x0.unique().numel(),
+        distinct_values,
         seconds,
     )
 
@@ -111,17 +112,17 @@ def _seconds_of_one_batch(denoiser: Denoiser, bundle: HeldOutBundle, batch_size:
     x0: Tensor = bundle.x0[:batch_size]
     labels = None if bundle.labels is None else bundle.labels[:batch_size]
     level = torch.full((len(x0),), bundle.log_sigma.mean().item(), device=x0.device)
-    start = time.perf_counter()
     try:
-        prediction, target = denoiser(x0, torch.randn_like(x0), level, labels)
-        shapes = list(prediction.shape[1:]), list(target.shape[1:])
-        prediction.sum().item()
+        for _ in range(2):  # the first one also warms up
+            start = time.perf_counter()
+            prediction, target = denoiser(x0, torch.randn_like(x0), level, labels)
+            prediction.sum().item()
     except torch.OutOfMemoryError as error:
         raise UserError(f"{batch_size} images at a time do not fit into memory; lower --batch-size") from error
     except Exception as error:  # whatever a model that diffusers loads may raise on images
         raise UserError(f"pipeline: the model fails on {list(x0.shape[1:])} of the data: {error}") from error
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"pipeline: the model predicts {shapes[0]} for {shapes[1]}: a learned variance is not supported"
-        )
-    return (time.perf_counter() - start) * batch_size / len(x0)
+    seconds = time.perf_counter() - start
+    if prediction.shape != target.shape:
+        predicted, wanted = list(prediction.shape[1:]), list(target.shape[1:])
+        raise UserError(f"pipeline: the model predicts {predicted} for {wanted}: a learned variance is not supported")
+    return seconds * batch_size / len(x0)

@@ -57,12 +57,12 @@ class Recommendation:
     def window(self) -> tuple[float, float]:
         """The two log sigmas between which the central [`INFORMATIVE`] of the gated profile lies."""
         outside = (1 - INFORMATIVE) / 2
-        low, high = self.informative.quantile(torch.tensor([outside, 1 - outside])).tolist()
+        low, high = self.informative.quantile(torch.tensor([outside, 1 - outside], dtype=torch.float64)).tolist()
         return low, high
 
     def shares(self, spent: Histogram) -> dict[str, float]:
         """How much of some effort lies `outside`, `below` and `above` the informative window."""
-        below, up_to = spent.cdf(torch.tensor(self.window)).tolist()
+        below, up_to = spent.cdf(torch.tensor(self.window, dtype=torch.float64)).tolist()
         return {"outside": below + 1 - up_to, "below": below, "above": 1 - up_to}
 
 
@@ -71,7 +71,7 @@ def recommend(profile: Profile, path: GaussianPath, facts: RunFacts) -> Recommen
     edges = torch.linspace(path.log_sigma_min, path.log_sigma_max, BINS + 1, dtype=torch.float64)
     fine = profile.at((edges[1:] + edges[:-1]) / 2)
     plain = InfoNoiseSection()
-    pivot, rule = gate_pivot(plain, _down_to_edm(profile, facts.data_std / IMAGE_DATA_STD), facts)
+    pivot, rule = gate_pivot(plain, _from_edm_floor(profile, facts.data_std / IMAGE_DATA_STD), facts)
     kind = data_kind(plain, facts)
     informative = fine.density(pivot, plain.gate_order, plain.power)
     base = Histogram(edges, build("noise", plain.base, path=path).cdf(edges))
@@ -88,17 +88,16 @@ def recommend(profile: Profile, path: GaussianPath, facts: RunFacts) -> Recommen
     )
 
 
-def _down_to_edm(profile: Profile, scale: float) -> Profile:
-    """The profile with EDM's cleanest level, at which the onset rule is calibrated, where the noise path stops before it.
+def _from_edm_floor(profile: Profile, scale: float) -> Profile:
+    """The profile from EDM's cleanest level on, against which the onset rule is calibrated, wherever the path begins.
 
-    The rate is held, as it is in the limit of continuous data. Without that a path from sigma 0.02 in place of 0.002 has a
-    maximum of the rate per unit sigma that is ten times smaller, hence a pivot that is much too large.
+    Below the path the rate is held, as it is in the limit of continuous data. Without that a path from sigma 0.02 in
+    place of 0.002 has a ten times smaller maximum of the rate per unit sigma, hence a pivot that is much too large.
     """
-    first, floor = profile.log_sigma[:1], torch.tensor([math.log(0.002 * scale)], dtype=torch.float64)
-    if first <= floor:
-        return profile
-    error = profile.x0_error[:1] * torch.exp(2 * (floor - first))
-    return Profile(torch.cat([floor, profile.log_sigma]), torch.cat([error, profile.x0_error]))
+    floor = torch.tensor([math.log(0.002 * scale)], dtype=torch.float64)
+    kept = profile.at(torch.cat([floor, profile.log_sigma[profile.log_sigma > floor]]))
+    held = torch.exp(2 * (floor - profile.log_sigma[:1]).clamp(max=0))
+    return Profile(kept.log_sigma, torch.cat([kept.x0_error[:1] * held, kept.x0_error[1:]]))
 
 
 def moments(density: Histogram) -> tuple[float, float]:

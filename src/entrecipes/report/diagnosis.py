@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entrecipes.information.nats import gate
 from entrecipes.information.profile import Histogram
-from entrecipes.noise.recommendation import Recommendation, weighted
+from entrecipes.noise.recommendation import SAMPLING_GRIDS, Recommendation, weighted
 from entrecipes.recipe.base import Section
 from entrecipes.recipe.noise import InfoNoiseSection
 from entrecipes.recipe.tree import to_yaml
@@ -48,7 +48,6 @@ class Diagnosis:
         weight: The loss's weight on the x0 error at the recommendation's levels [K].
         weighting: Its name in a recipe.
         sampling: The recommended grid of each number of steps (see `sampling_steps`).
-        grid: Its name.
     """
 
     pipeline: str
@@ -61,7 +60,6 @@ class Diagnosis:
     weight: Tensor
     weighting: str
     sampling: Mapping[int, Mapping[str, Any]]
-    grid: str
 
     @property
     def nats(self) -> dict[str, float]:
@@ -119,7 +117,7 @@ class Diagnosis:
     def sampling_text(self) -> str:
         """The shorter grids, and how to use any."""
         what = "times" if self.facts["path"] == "flow" else "sigmas"
-        lines = [f"Sampling {what}, grid '{self.grid}' (longer ones in diagnosis.json)"]
+        lines = [f"Sampling {what}, grid '{SAMPLING_GRIDS[self.recommended.kind]}' (longer ones in diagnosis.json)"]
         for n, steps in self.sampling.items():
             if n <= 20:
                 lines.append(f"  {n}: {' '.join(f'{sigma:.3g}' for sigma in steps['sigmas'])}")
@@ -163,7 +161,10 @@ class Diagnosis:
                 name: {key: found.shares(spent) for key, spent in both.items()} for name, both in self.efforts.items()
             },
             "recommended": {"infonoise": found.section.model_dump(), "log_normal": found.log_normal.model_dump()},
-            "sampling": {"grid": self.grid, "steps": {str(n): steps for n, steps in self.sampling.items()}},
+            "sampling": {
+                "grid": SAMPLING_GRIDS[found.kind],
+                "steps": {str(n): steps for n, steps in self.sampling.items()},
+            },
             "curves": {key: [float(f"{value:.6g}") for value in curve.tolist()] for key, curve in curves.items()},
         }
 
