@@ -1,0 +1,75 @@
+"""The README's "InfoNoise in your own loop", as it stands there with smaller numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from scheduler_case import ours
+
+from entrecipes import InfoNoiseScheduler
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+LOOP, SAMPLING = (
+    part.split("```")[0] for part in README.split("## InfoNoise in your own loop")[1].split("```python\n")[1:3]
+)
+SMALLER = {
+    "SIZE, BATCH, STEPS, SAVE_EVERY = 32, 64, 50_000, 1_000": "SIZE, BATCH, STEPS, SAVE_EVERY = 8, 4, 40, 20",
+    "torch.rand(10_000,": "torch.rand(50,",
+    "(64, 64, 128, 128)": "(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, attention_head_dim=4",
+}
+
+
+def small(code: str) -> str:
+    """The code with the changes above, each of which must fit."""
+    for old, new in SMALLER.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    return code
+
+
+def test_five_lines_are_marked() -> None:
+    assert sorted(line[-1] for line in LOOP.splitlines() if line[-3:-1] == "# ") == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loop_learns_resumes_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    record, calls = InfoNoiseScheduler.record, []
+
+    def killed(*arguments: object) -> object:
+        calls.append(None)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return record(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InfoNoiseScheduler, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            exec(small(LOOP), {})
+    assert torch.load("checkpoint.pt")["step"] == 20
+
+    names: dict[str, object] = {}
+    exec(small(LOOP), names)
+    scheduler = names["scheduler"]
+    assert names["first"] == 20 and scheduler._learner.images == 160 and scheduler._learner.ramped == 1
+
+    exec(SAMPLING, names)
+    assert names["images"][0].size == (8, 8) and names["grid"].settings["profile"] == scheduler.settings["profile"]
+    names["grid"].set_timesteps(10)
+    torch.testing.assert_close(names["stock"].sigmas, names["grid"].sigmas, rtol=1e-3, atol=1e-5)
+
+
+def test_accelerate_checkpoints_it(tmp_path: Path) -> None:
+    """`register_for_checkpointing` takes what has a state."""
+    scheduler, again = (ours("edm", train_images=100) for _ in range(2))
+    x = torch.randn(8, 3, 4, 4)
+    scheduler.record(x, x, x, scheduler.sample_timesteps(8))
+    for part, method in ((scheduler, "save_state"), (again, "load_state")):
+        accelerator = Accelerator(cpu=True)
+        accelerator.register_for_checkpointing(part)
+        getattr(accelerator, method)(str(tmp_path / "state"))
+    assert again.settings == scheduler.settings and again._learner.images == 8
