@@ -19,6 +19,7 @@ from tiny import UNET, tiny
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 TIMING = {"seconds", "images_per_second", "peak_memory_gib"}
+LEARNED = {"type": "infonoise", "warmup": 48, "ramp": 48, "refresh_every": 32, "buffer": 100}
 STILL = {**UNET, "config": {**UNET["config"], "dropout": 0.0}}
 
 
@@ -51,9 +52,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A tiny run that went through in one piece."""
+    """A tiny run, its noise schedule learned, that went through in one piece."""
     folder = tmp_path_factory.mktemp("finished")
-    done = entrecipes("run", write(folder, tiny()), f"training.output={folder / 'run'}")
+    done = entrecipes("run", write(folder, tiny(noise=LEARNED)), f"training.output={folder / 'run'}")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -105,7 +106,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_run_ends_bit_equal(finished, tmp_path, kills):
     """`kill -9`, resume, again and again: weights, average, optimizer and numbers equal the uninterrupted run's."""
-    recipe, folder, chance = write(tmp_path, tiny()), tmp_path / "run", random.Random(kills)
+    recipe, folder, chance = write(tmp_path, tiny(noise=LEARNED)), tmp_path / "run", random.Random(kills)
     for _ in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-m", "entrecipes", "run", str(recipe), f"training.output={folder}"],
@@ -120,8 +121,9 @@ def test_killed_at_random_moments_the_run_ends_bit_equal(finished, tmp_path, kil
     done = entrecipes("run", recipe, f"training.output={folder}")
     assert done.returncode == 0, done.stderr
     assert hashes(folder) == hashes(finished)
-    for kind in ("train", "held_out", "metric"):
+    for kind in ("train", "held_out", "metric", "noise"):
         assert rows(folder, kind) == rows(finished, kind)
+    assert [row["images"] for row in rows(folder, "noise")] == [48, 64, 96, 128, 160]
 
 
 def launch(recipe: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
@@ -132,7 +134,7 @@ def launch(recipe: Path, folder: Path, *overrides: str) -> subprocess.CompletedP
 
 
 def test_two_processes_follow_the_curve_of_one_and_resume(tmp_path):
-    recipe = write(tmp_path, tiny(STILL, training={"images": 320, "checkpoint_every": 144}))
+    recipe = write(tmp_path, tiny(STILL, noise=LEARNED, training={"images": 320, "checkpoint_every": 144}))
     one, two = tmp_path / "one", tmp_path / "two"
     done = entrecipes("run", recipe, f"training.output={one}")
     assert done.returncode == 0, done.stderr
@@ -142,11 +144,17 @@ def test_two_processes_follow_the_curve_of_one_and_resume(tmp_path):
     losses = [[row["loss"] for row in rows(folder, "train")] for folder in (one, two)]
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    tables = [[row["density"] for row in rows(folder, "noise")] for folder in (one, two)]
+    assert len(tables[0]) == len(tables[1]) == 10
+    for table, same in zip(*tables, strict=True):
+        assert table == pytest.approx(same, rel=1e-2), "both processes' errors make one table"
     nats = [[row["nats"] for row in rows(folder, "held_out")] for folder in (one, two)]
     assert nats[1] == pytest.approx(nats[0], rel=1e-4) and nats[1][-1] < nats[1][0], "the average must move in both"
 
     coarse = write(
-        tmp_path, tiny(STILL, training={"images": 160, "checkpoint_every": 112, "log_every": 80}), "coarse.yaml"
+        tmp_path,
+        tiny(STILL, noise=LEARNED, training={"images": 160, "checkpoint_every": 112, "log_every": 80}),
+        "coarse.yaml",
     )
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     middle = whole / "checkpoints/images-000000000112"  # of a log window

@@ -9,6 +9,7 @@ import pytest
 
 from entrecipes.cli import main
 from entrecipes.recipe.load import load
+from entrecipes.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -22,6 +23,31 @@ def commands(path: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in found]
 
 
+def embedded(recipe: Recipe) -> list[str]:
+    """What puts data that travels with the package in the place of what would have to be prepared or downloaded."""
+    config = "pipeline.build.model.config"
+    if recipe.data.type == "sequences":
+        return ["data.name=pride", f"{config}.alphabet={' abcdefghijklmnopqrstuvwxyz'!r}"]
+    if recipe.data.type == "digits":
+        return []
+    changes = ["data.type=digits", "data.held_out=0.1"]
+    if recipe.pipeline.build.model.config.get("num_class_embeds"):
+        changes.append(f"{config}.num_class_embeds=10")
+    if recipe.evaluation.features.type != "efficientnet_lite0":
+        changes.append("evaluation.features={type: efficientnet_lite0}")
+    return changes
+
+
+def narrow(recipe: Recipe) -> list[str]:
+    """What makes a paper-sized UNet one that steps on a CPU: as deep, but narrow."""
+    widths = recipe.pipeline.build.model.config.get("block_out_channels", [])
+    if 256 not in widths:
+        return []
+    config = "pipeline.build.model.config"
+    small = [f"{config}.block_out_channels={[32] * len(widths)}", f"{config}.attention_head_dim=8"]
+    return [*small, "evaluation.held_out.images=4", "evaluation.held_out.noise_levels=4"]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_header_commands_name_this_recipe_and_dry_run(path, capsys, monkeypatch, tmp_path):
     """On the embedded digits at the recipe's own size where its data would have to be prepared first; small batches."""
@@ -32,8 +58,7 @@ def test_header_commands_name_this_recipe_and_dry_run(path, capsys, monkeypatch,
         arguments = words[2:] if words[0] == "entrecipes" else words[words.index("scripts/train.py") + 1 :]
         loaded = load(arguments[0], arguments[1:])
         assert loaded.path.resolve() == path.resolve() and not loaded.warnings
-        embedded = [] if loaded.recipe.data.type == "digits" else ["data.type=digits"]
-        assert main(["run", *arguments, *quick, *embedded, "--dry-run"]) == 0
+        assert main(["run", *arguments, *quick, *embedded(loaded.recipe), *narrow(loaded.recipe), "--dry-run"]) == 0
         assert "nothing was written to the run folder" in capsys.readouterr().out
 
 
