@@ -88,7 +88,7 @@ class InfoNoise(NoiseSampler):
 
         self.warmup = section.warmup or max(1, facts.images // 20)
         self.ramp = self.warmup if section.ramp is None else section.ramp
-        self.refresh_every = section.refresh_every or max(1, facts.images // 100)
+        self.refresh_every = section.refresh_every or max(2000, facts.images // 100)
         self.buffer = ErrorBuffer(section.buffer or min(max(10_000, facts.images // 10), 100_000), device)
 
         self.images, self.refreshed = 0, 0
@@ -102,11 +102,12 @@ class InfoNoise(NoiseSampler):
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw n levels, each from its own 1/n of the distribution; it defines the objective, so weights are 1."""
-        if self._tables is None or not self.ramped:
+        share = self.ramped
+        if self._tables is None or not share:
             return self.base.sample(n, generator)
         base, learned = self._tables
         u = evenly(n, generator)
-        return base.mix(learned, self.ramped).quantile(u), torch.ones_like(u)
+        return (learned if share == 1 else base.mix(learned, share)).quantile(u), torch.ones_like(u)
 
     @property
     def ramped(self) -> float:

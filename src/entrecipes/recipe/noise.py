@@ -121,7 +121,7 @@ class InfoNoiseSection(Section):
     ramp: Count | None = None
     """Images over which the learned density takes over from `base`; null: as many as the warm-up."""
     refresh_every: PositiveCount | None = None
-    """Images between two rebuilds of the table; null: 1 % of the run."""
+    """Images between two rebuilds of the table; null: 1 % of the run, at least 2,000."""
     bins: int = Field(128, ge=8)
     """Bins over log sigma, from the cleanest to the noisiest level of the scheduler."""
     buffer: PositiveCount | None = None
