@@ -89,7 +89,7 @@ class InfoNoise(NoiseSampler):
         self.warmup = section.warmup or max(1, facts.images // 20)
         self.ramp = self.warmup if section.ramp is None else section.ramp
         self.refresh_every = section.refresh_every or max(2000, facts.images // 100)
-        self.buffer = ErrorBuffer(section.buffer or min(max(10_000, facts.images // 10), 100_000), device)
+        self.buffer = ErrorBuffer(section.buffer or min(max(1000, facts.images // 10), 100_000), device)
 
         self.images, self.refreshed = 0, 0
         self.means = torch.full_like(self.centres, math.nan)

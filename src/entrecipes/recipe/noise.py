@@ -125,7 +125,7 @@ class InfoNoiseSection(Section):
     bins: int = Field(128, ge=8)
     """Bins over log sigma, from the cleanest to the noisiest level of the scheduler."""
     buffer: PositiveCount | None = None
-    """Last errors that an estimate is made from; null: a tenth of the run, from 10,000 to 100,000."""
+    """Last errors that an estimate is made from; null: a tenth of the run, from 1,000 to 100,000."""
     new_weight: float | None = Field(None, gt=0, le=1)
     """Weight of the errors since the last rebuild in a running mean over rebuilds; null: the buffer's plain mean."""
     smoothing: float = Field(1.5, ge=0)
