@@ -36,7 +36,7 @@ def _failed(comparison: Comparison) -> Iterator[str]:
             if run.state == "failed":
                 yield (
                     f"{name}, seed {run.seed}, failed and counts as not having reached the target; its means leave it "
-                    f"out: {run.message}"
+                    f"out: {run.message.rstrip('.')}"
                 )
             elif run.state == "missing":
                 yield f"{name}, seed {run.seed}, has not run yet"

@@ -21,7 +21,8 @@ from entrecipes.report.facts import origins
 from entrecipes.report.report import embedded, template
 
 PLOTS = {
-    "speedup": "Speed-ups: how many times fewer images and seconds each arm needs",
+    "speedup": "How many times fewer images and seconds each arm needs to the target; hollow: to the arm's own best "
+    "value, where it does not reach the target",
     "quality_images": "Quality against images seen; the dotted line is the target",
     "quality_seconds": "Quality against seconds of training, evaluation excluded",
     "difference": "Difference to the baseline with the same seed",
@@ -173,11 +174,12 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
+        value = float(f"{value:.6g}")
+        return int(value) if value.is_integer() else value
     return value
 
 
 def _compact(record: dict[str, Any]) -> str:
-    """JSON of few lines: a list of numbers takes one."""
+    """JSON of few lines: a list or mapping that holds no other takes one."""
     text = json.dumps(record, indent=1)
-    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: "[" + " ".join(match[1].split()) + "]", text)
+    return re.sub(r"([\[{])\n\s*([^\[\]{}]*?)\n\s*([\]}])", lambda m: m[1] + re.sub(r"\n\s*", " ", m[2]) + m[3], text)
