@@ -26,8 +26,9 @@ def commands(path: Path) -> list[list[str]]:
 def embedded(recipe: Recipe) -> list[str]:
     """What puts data that travels with the package in the place of what would have to be prepared or downloaded."""
     config = "pipeline.build.model.config"
-    if recipe.data.type == "sequences":
-        return ["data.name=pride", f"{config}.alphabet={' abcdefghijklmnopqrstuvwxyz'!r}"]
+    if recipe.data.type in ("sequences", "hub_sequences"):
+        small = ["evaluation.held_out.images=4", f"{config}.num_layers=2"]
+        return ["data={type: sequences, name: pride}", f"{config}.alphabet={' abcdefghijklmnopqrstuvwxyz'!r}", *small]
     if recipe.data.type == "digits":
         return []
     changes = ["data.type=digits", "data.held_out=0.1"]

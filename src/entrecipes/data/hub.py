@@ -13,7 +13,7 @@ from entrecipes.data.images import Splits
 from entrecipes.data.stream import open_stream
 from entrecipes.data.tables import Table, open_table, require_columns
 from entrecipes.errors import UserError, nearest
-from entrecipes.recipe.data import HubData
+from entrecipes.recipe.data import HubData, HubSequenceData
 
 
 def load(section: HubData, *, image_size: int, channels: int) -> Splits:
@@ -33,7 +33,7 @@ def load(section: HubData, *, image_size: int, channels: int) -> Splits:
         info = next(iter(parts.values())).info
         _check_split(section, list(parts), place, sliced=False)
     else:
-        builder = _ask(
+        builder = ask(
             section, lambda: datasets.load_dataset_builder(section.id, section.config, revision=section.revision)
         )
         info = builder.info
@@ -69,7 +69,7 @@ class _Download(dict):
 
     def __missing__(self, split: str) -> Any:
         section = self.section
-        return _ask(
+        return ask(
             section,
             lambda: datasets.load_dataset(
                 section.id, section.config, split=split, revision=section.revision, streaming=section.streaming
@@ -88,7 +88,7 @@ def _check_split(section: HubData, splits: list[str], place: str, *, sliced: boo
             )
 
 
-def _ask(section: HubData, call: Any) -> Any:
+def ask(section: HubData | HubSequenceData, call: Any) -> Any:
     """Call `datasets`, and say in one sentence what to do when it can't answer."""
     try:
         return call()

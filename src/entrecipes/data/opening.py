@@ -14,7 +14,7 @@ from entrecipes.diffusion.pipelines import Components
 from entrecipes.diffusion.space import LatentSpace, Space
 from entrecipes.errors import UserError
 from entrecipes.recipe.base import build
-from entrecipes.recipe.data import Data, ImageData, SequenceData
+from entrecipes.recipe.data import Data, ImageData, WindowData
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
         UserError: When data and model do not fit (labels, number of classes, channels, size), or the data is bad.
     """
     num_classes = components.family.num_classes(components.model)
-    if isinstance(section, SequenceData) != components.family.sequences:
+    if isinstance(section, WindowData) != components.family.sequences:
         raise UserError(
             f"data.type: {section.type} does not go with a {components.family.model_class}; a "
             "SequenceTransformer1DModel denoises sequences, the others images"
@@ -98,7 +98,7 @@ def _open_images(section: ImageData, components: Components) -> Splits:
     return images
 
 
-def _open_sequences(section: SequenceData, components: Components) -> Splits:
+def _open_sequences(section: WindowData, components: Components) -> Splits:
     size = components.model.config.sample_size
     if section.length not in (None, size):
         raise UserError(

@@ -14,7 +14,7 @@ from entrecipes.data.sources import source as find_source
 from entrecipes.data.sources.sequences import TEXT, plain_text
 from entrecipes.data.tables import label_names, labels_of, require_columns
 from entrecipes.errors import UserError
-from entrecipes.recipe.data import SequenceData
+from entrecipes.recipe.data import SequenceData, WindowData
 
 EMBEDDED = "pride"
 EMBEDDED_SOURCE = "The opening chapters of Jane Austen's Pride and Prejudice (1813) as letters and spaces, 27 symbols."
@@ -61,13 +61,18 @@ def load(section: SequenceData, *, length: int, alphabet: str) -> Splits:
             f"data.name: '{section.name}' is written in the {len(whole.alphabet)} symbols '{whole.alphabet}', but the "
             f"model's are '{alphabet}'; set pipeline.build.model.config.alphabet: '{whole.alphabet}'"
         )
+    return split_windows(whole, section, length)
+
+
+def split_windows(whole: Sequences, section: WindowData, length: int) -> Splits:
+    """Cut what is trained on and what is held out into windows. Raises UserError when none fits into either."""
     train, held_out = _split(whole, section)
     stride = section.stride or length
     splits = Splits(_windows(whole, train, length, stride), _windows(whole, held_out, length, length))
     if splits.train is None or (section.held_out and splits.held_out is None):
         longest = max(len(ids) for _, ids in train)
         raise UserError(
-            f"data: no window of {length} symbols fits into '{section.name}' (its longest training part has {longest} "
+            f"data: no window of {length} symbols fits into '{whole.name}' (its longest training part has {longest} "
             f"symbols) on both sides of the split; lower the model's sample_size, or change data.held_out"
         )
     if section.max_images:
@@ -94,7 +99,7 @@ Parts = list[tuple[int, np.ndarray]]
 """Stretches of sequences (symbol ids), each with the number of its sequence."""
 
 
-def _split(whole: Sequences, section: SequenceData) -> tuple[Parts, Parts]:
+def _split(whole: Sequences, section: WindowData) -> tuple[Parts, Parts]:
     numbered = list(enumerate(whole.ids()))
     if whole.independent:
         train, kept = split_indices(len(numbered), section.held_out, section.split_seed, place="data")

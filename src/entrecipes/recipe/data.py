@@ -111,20 +111,42 @@ class PreparedData(DecodedImageData):
     """Column with the caption."""
 
 
-@register("data", implementation="entrecipes.data.sequences:load")
-class SequenceData(Data):
-    """Windows of symbols (text, DNA), one-hot for the model: the embedded `pride`, or a prepared set of sequences."""
+class WindowData(Data):
+    """Keys of the sources of symbols."""
 
-    type: Literal["sequences"] = "sequences"
-    name: str = "pride"
-    """`pride` (65 kB of text, no download), a prepared set of sequences (`austen`, `dna`, `splice`), or a text file
-    `NAME.txt`, of which letters and spaces are kept."""
     length: int | None = Field(None, gt=0)
     """Symbols in a window; null: the model's sample size."""
     stride: PositiveCount | None = None
     """Symbols from the start of one training window to the next; null: the length, so that windows do not overlap."""
     label_column: str | None = "label"
     """Column with the class, where the set has one and the model takes classes (null: unconditional)."""
+
+
+@register("data", implementation="entrecipes.data.sequences:load")
+class SequenceData(WindowData):
+    """Windows of symbols (text, DNA), one-hot for the model: the embedded `pride`, or a prepared set of sequences."""
+
+    type: Literal["sequences"] = "sequences"
+    name: str = "pride"
+    """`pride` (65 kB of text, no download), a prepared set of sequences (`austen`, `dna`, `splice`), or a text file
+    `NAME.txt`, of which letters and spaces are kept."""
+
+
+@register("data", implementation="entrecipes.data.hub_sequences:load")
+class HubSequenceData(WindowData):
+    """Sequences of symbols in a column of any data set of the Hugging Face Hub, one example a row."""
+
+    type: Literal["hub_sequences"] = "hub_sequences"
+    id: str
+    """Data set id, or a local datasets folder."""
+    config: str | None = None
+    """Name of the data set's configuration."""
+    split: str = "train"
+    """Split to train on; the held-out part is drawn from it."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    sequence_column: str = "sequence"
+    """Column with the sequences. Rows with symbols outside the model's alphabet, such as N in DNA, are left out."""
 
 
 DataSection = union("data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from entrecipes.recipe.data import FolderData, HubData, PreparedData, SequenceData
+from entrecipes.recipe.data import FolderData, HubData, PreparedData, WindowData
 from entrecipes.recipe.schema import Recipe
 
 _WEIGHTING_KEYS = {"sigma_data": "edm", "min_snr_gamma": "min_snr", "p2_gamma": "p2", "p2_k": "p2"}
@@ -53,5 +53,5 @@ def _measuring(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not recipe.evaluation.metrics:
         for key in _METRIC_KEYS:
             yield f"evaluation.{key}", "while evaluation.metrics is empty"
-    elif isinstance(recipe.data, SequenceData):
+    elif isinstance(recipe.data, WindowData):
         yield "evaluation.features", "with sequences"

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
 from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection
-from entrecipes.recipe.data import DataSection, SequenceData
+from entrecipes.recipe.data import DataSection, WindowData
 from entrecipes.recipe.evaluation import Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
@@ -58,7 +58,7 @@ class Recipe(Section):
 
     def _kind_problems(self) -> list[str]:
         """Images and sequences need models and metrics of their own."""
-        sequences, build = isinstance(self.data, SequenceData), self.pipeline.build
+        sequences, build = isinstance(self.data, WindowData), self.pipeline.build
         kind, metrics = "sequences" if sequences else "images", self.evaluation.metrics
         problems = [
             f"evaluation.metrics: '{name}' is not measured on {kind}; take "
