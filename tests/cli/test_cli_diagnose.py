@@ -40,7 +40,7 @@ def unet(**keys) -> diffusers.UNet2DModel:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`run`, a tiny InfoNoise run; `ddpm`, saved by diffusers; `classes`, class-conditional; and others that fail."""
     folder = tmp_path_factory.mktemp("diagnose")
-    recipe = tiny(noise={"type": "infonoise", "bins": 32})
+    recipe = tiny(noise={"type": "infonoise", "bins": 32, "warmup": 32, "refresh_every": 32})
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["run", str(folder / "tiny.yaml"), f"training.output={folder / 'run'}"]) == 0
     ddpm = diffusers.DDPMScheduler()
@@ -51,6 +51,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("variance", unet(out_channels=2), ddpm),
     ):
         diffusers.DDPMPipeline(model, scheduler).save_pretrained(folder / name)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        num_embeds_ada_norm=1000,
+    )
+    diffusers.DiTPipeline(dit, vae, diffusers.DDIMScheduler()).save_pretrained(folder / "latents")
     vq = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=1)
     diffusers.LDMPipeline(vq, unet(), diffusers.DDIMScheduler()).save_pretrained(folder / "ldm")
     for name in ("cut", "unknown"):
@@ -79,7 +95,7 @@ def test_a_run_is_held_against_what_it_learned(folders: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     found = written(folders / "run/diagnosis")
     assert "16 held-out images of digits" in said and "192 passes" in said
-    assert "trained with  infonoise, bins 32 (as the run had learned it by 160 images)" in said
+    assert "trained with  infonoise, " in said and "bins 32 (as the run had learned it by 160 images)" in said
     rows = [json.loads(line) for line in (folders / "run/metrics.jsonl").read_text().splitlines()]
     density = [row for row in rows if row["kind"] == "noise"][-1]["density"]
     assert found["curves"]["this_draws"] == pytest.approx(np.repeat(density, 4), rel=1e-3), "32 bins shown as 128"
@@ -125,6 +141,13 @@ def test_a_class_conditional_flow_with_what_it_was_trained_with(folders: Path, c
     found = written(Path("out"))
     assert found["split"] == "held_out" and found["path"] == "flow" and "assumed" not in said
     assert max(found["sampling"]["steps"]["10"]["sigmas"]) < 1, "times"
+
+
+def test_latents(folders: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTRECIPES_HOME", "home")
+    assert main(["diagnose", str(folders / "latents"), *DIGITS, *FAST, "-o", "out"]) == 0
+    assert "DiTTransformer2DModel (vp, epsilon) on 16 images of digits" in capsys.readouterr().out
+    assert written(Path("out"))["dimensions"] == 4 * 4 * 4
 
 
 MISTAKES = {

@@ -144,10 +144,13 @@ def _diagnose(
 
 def _measured(measured: MeasuredProfile, components: Components) -> str:
     """The first line: what was measured, and what it cost."""
-    split, levels = "held-out images" if measured.split == "held_out" else "images", len(measured.profile.log_sigma)
+    what = ("held-out " if measured.split == "held_out" else "") + (
+        "sequences" if components.family.sequences else "images"
+    )
+    levels = len(measured.profile.log_sigma)
     return (
         f"{components.family.model_class} ({components.path.name}, {components.path.prediction_type}) on "
-        f"{measured.images} {split} of {measured.data}, each at {levels} noise levels: {measured.passes:,} passes in "
+        f"{measured.images} {what} of {measured.data}, each at {levels} noise levels: {measured.passes:,} passes in "
         f"{measured.seconds:.1f} s ({measured.passes / measured.seconds:,.0f}/s)"
     )
 
