@@ -82,7 +82,8 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
                 f"{section.pretrained}: {type(pipeline).__name__} also carries {', '.join(others)}, which is not "
                 f"supported; supported are pipelines of {', '.join(FAMILIES)} with at most a VAE"
             )
-        model, scheduler, vae = getattr(pipeline, family.component), pipeline.scheduler, getattr(pipeline, "vae", None)
+        model, vae = getattr(pipeline, family.component), getattr(pipeline, "vae", None)
+        scheduler = getattr(pipeline.scheduler, "base", pipeline.scheduler)  # the stock one of an InfoNoiseScheduler
         vae_id = f"{section.pretrained}@{section.revision}/vae"
     else:
         build = section.build
