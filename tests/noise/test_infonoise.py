@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.path import GaussianPath
@@ -241,3 +242,37 @@ def test_telemetry_is_plain_and_tells_convergence():
     assert row["quantiles"] == sorted(row["quantiles"]) and row["effective_quantiles"][2] < row["quantiles"][2]
     assert 0 < row["below_pivot"] < 0.5 and len(row["density"]) == len(row["log_sigma"]) == len(row["x0_error"]) == 128
     assert sum(row["density"]) * (row["log_sigma"][1] - row["log_sigma"][0]) == pytest.approx(1, abs=1e-2)
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number, and shapes that depend on values."""
+
+    WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_drawing_and_recording_wait_for_nothing():
+    noise = make(**SHORT)
+    with pytest.raises(AssertionError, match="waits"), NoWait():
+        torch.ones(1).item()
+    for steps in (2, 5, 9):  # warm-up, ramp, learned
+        train(noise, steps)
+        with NoWait():
+            log_sigma, _ = noise.sample(16, torch.Generator().manual_seed(0))
+            noise.record(log_sigma, error_at(log_sigma))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_draws_are_the_same_and_no_step_waits():
+    noise = build("noise", InfoNoiseSection(**SHORT), path=EDM, device=torch.device("cuda"), facts=RunFacts())
+    for step in range(12):
+        generator = torch.Generator("cuda").manual_seed(step)
+        torch.cuda.set_sync_debug_mode("error")
+        log_sigma, _ = noise.sample(16, generator)
+        noise.record(log_sigma, error_at(log_sigma))
+        torch.cuda.set_sync_debug_mode("default")
+        noise.refresh((step + 1) * 16)
+    assert log_sigma.device.type == "cuda" and log_sigma.isfinite().all() and noise.learned is not None
