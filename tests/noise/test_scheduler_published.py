@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -116,6 +118,20 @@ def test_what_can_not_be_exported_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing in it comes from entrecipes"):
         export_shim(tmp_path / "stock", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_script_compares_grids(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "compare_grids.py"
+    changes = ["evaluation.metrics=[kid, precision_recall]", "evaluation.samples=10"]
+    options = ["--steps", "2", "3", "--seeds", "2", "--grids", "base", "rescaled", "--json", str(folder / "grids.json")]
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder / "run"), *changes, *options])
+    runpy.run_path(str(script))["main"]()
+    said, found = capsys.readouterr().out, json.loads((folder / "grids.json").read_text())
+    assert found["profile"] == "learned by the run" and found["stock"] == "EDMEulerScheduler"
+    rows = [row for row in found["rows"] if row["metric"] == "kid_efflite0_10"]
+    # two steps are the ends of every grid, at first order both; three differ by grid and order
+    assert len(rows) == 2 * 2 * 2 and len({tuple(row["values"]) for row in rows}) == 1 + 2 * 2
+    assert "| kid_efflite0_10, order 2 | 2 steps | 3 steps |" in said and said.count("| stock | ") == 2 * 3
 
 
 def test_nothing_is_written_before_anything_was_learned(tmp_path: Path) -> None:
