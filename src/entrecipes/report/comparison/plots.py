@@ -92,7 +92,9 @@ def speedups(figure: Figure, comparison: Comparison) -> None:
             _ratio(axes, comparison.speedup(arm, unit), comparison.reverse(arm, unit), row + shift, color, marker)
     low, high = axes.get_xlim()
     axes.set_xlim(low / 1.05, high * (high / low) ** 0.16)  # room for the numbers on the right
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high / low > 3 else np.arange(1, 10, 0.2)))
+    # as many ticks as have room for their labels
+    subs = (1, 2, 5) if high / low > 6 else (1, 1.5, 2, 3, 5, 7) if high / low > 3 else np.arange(1, 10, 0.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(comparison.others)), comparison.others)
