@@ -126,11 +126,12 @@ class Diagnosis:
     def noise_yaml(self) -> str:
         """The recommended `noise:` section, and the fixed distribution nearest to it as a comment."""
         found = self.recommended
+        pivot = "the gate's pivot as found here" if found.section.pivot else "the gate's pivot for such data"
         learned = to_yaml({"noise": found.section.model_dump(exclude_unset=True) | {"type": "infonoise"}})
         fixed = to_yaml({"noise": found.log_normal.model_dump(exclude_unset=True) | {"type": "log_normal"}})
         return (
             f"# Recommended by `entrecipes diagnose` for {self.pipeline} on {found.kind} data:\n"
-            "# learn the schedule from the run's own losses, with the gate's pivot as measured.\n"
+            f"# learn the schedule from the run's own losses, with {pivot}.\n"
             f"{learned}"
             "# Or keep it fixed, with the mean and deviation of log sigma of the gated rate:\n"
             f"{''.join(f'# {line}' for line in fixed.splitlines(keepends=True))}"
