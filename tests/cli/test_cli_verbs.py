@@ -28,7 +28,19 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_verbs_are_these() -> None:
-    assert cli.VERBS == ("ls", "show", "cp", "validate", "schema", "run", "compare", "generate", "evaluate", "diagnose", "data")
+    assert cli.VERBS == (
+        "ls",
+        "show",
+        "cp",
+        "validate",
+        "schema",
+        "run",
+        "compare",
+        "generate",
+        "evaluate",
+        "diagnose",
+        "data",
+    )
 
 
 def test_help_names_every_verb_and_imports_no_torch() -> None:
