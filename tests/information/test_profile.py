@@ -129,6 +129,15 @@ def test_the_onset_rule_says_nothing_where_it_would_mislead():
     assert onset_pivot(Profile(log_sigma, torch.exp(5 * log_sigma)), 0.002) is None  # a rate that only rises
     assert onset_pivot(Profile(log_sigma, torch.exp(2 * log_sigma)), 0.002) == pytest.approx(1.0, rel=1e-6)  # flat
     assert onset_pivot(Profile(log_sigma, torch.exp(-9 * log_sigma)), 0.002) is None  # all at the cleanest level
+    assert onset_pivot(Profile(log_sigma + 7, torch.exp(2 * log_sigma)), 0.002) is None  # nothing left of the range
+
+
+@pytest.mark.parametrize("first", [0.0005, 0.002, 0.02, 0.05])
+def test_the_pivot_does_not_hang_on_where_the_path_begins(first):
+    """In the limit of continuous data, where the rate is flat at low noise; many a path begins above EDM's 0.002."""
+    log_sigma = torch.linspace(math.log(first), math.log(80), 128, dtype=torch.float64)
+    gaussian = Profile(log_sigma, 0.25 / (1 + 0.25 * torch.exp(-2 * log_sigma)))  # of deviation 0.5
+    assert onset_pivot(gaussian, 0.002) == pytest.approx(0.5, rel=0.01)
 
 
 def test_empty_bins_are_filled_and_ends_go_on_as_theory_has_it():

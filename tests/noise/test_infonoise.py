@@ -226,8 +226,9 @@ def test_errors_of_zero_and_a_single_level_still_give_a_density():
 
 
 def test_constant_data_is_refused():
-    with pytest.raises(UserError, match="one value"):
-        make(facts=RunFacts(data_std=0.0))
+    for facts in (RunFacts(data_std=0.0), RunFacts(data_std=1e-8, distinct_values=1)):
+        with pytest.raises(UserError, match="one value"):
+            make(facts=facts)
 
 
 def test_telemetry_is_plain_and_tells_convergence():

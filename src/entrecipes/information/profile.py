@@ -208,7 +208,8 @@ def onset_pivot(profile: Profile, threshold: float, scale: float = 1.0) -> float
 
     r = x0_error / sigma^3, the rate per unit sigma, over its maximum; the pivot is the largest sigma at which it
     reaches the threshold (Raya et al. 2026, appendix B.6 as its readers give it; about 0.15 on CIFAR-10). The maximum
-    depends on where the grid begins: levels below 0.002 * scale and above 80 * scale, EDM's range, are not looked at.
+    depends on where the levels begin: those beyond EDM's range, 0.002 to 80 times the scale, are not looked at, and a
+    profile that begins later is continued down to it with the rate held, the limit of continuous data.
 
     Args:
         threshold: Share p of the maximum (0.002).
@@ -220,10 +221,13 @@ def onset_pivot(profile: Profile, threshold: float, scale: float = 1.0) -> float
     """
     low, high = math.log(0.002 * scale), math.log(80 * scale)
     inside = (profile.log_sigma >= low - 1e-9) & (profile.log_sigma <= high + 1e-9)
-    log_sigma, log_rate = profile.log_sigma[inside], (profile.rate[inside].log() - profile.log_sigma[inside])
+    log_sigma, log_rate = profile.log_sigma[inside], profile.rate[inside].log()
     if len(log_sigma) < 2:
         return None
-    excess = log_rate - log_rate.max() - math.log(threshold)
+    per_sigma = log_rate - log_sigma
+    excess = per_sigma - torch.maximum(per_sigma.max(), log_rate[0] - low) - math.log(threshold)
+    if not bool((excess >= 0).any()):
+        return None
     last = int((excess >= 0).nonzero().max())
     pivot = log_sigma[last]
     if last + 1 < len(log_sigma):  # where the line to the next level crosses the threshold

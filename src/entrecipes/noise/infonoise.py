@@ -78,7 +78,7 @@ class InfoNoise(NoiseSampler):
         facts: RunFacts | None = None,
     ) -> None:
         facts = facts or RunFacts()
-        if not facts.data_std > 0:
+        if facts.distinct_values < 2 or not facts.data_std > 0:  # rounding gives equal numbers a tiny deviation
             raise UserError("noise: all training data has one value: there is no information to follow; check data")
         self.section, self.facts, self.device = section, facts, torch.device(device)
         self.base = build("noise", section.base, path=path, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from entrecipes.errors import UserError
 from entrecipes.information.profile import Histogram, Profile
 from entrecipes.noise.base import RunFacts
 from entrecipes.noise.fixed import FixedSampler
-from entrecipes.noise.infonoise import IMAGE_DATA_STD, data_kind, gate_pivot
+from entrecipes.noise.infonoise import data_kind, gate_pivot
 from entrecipes.noise.scheduler import InfoNoiseScheduler
 from entrecipes.recipe.base import Section, build
 from entrecipes.recipe.noise import InfoNoiseSection, LogNormalNoise, LossAwareNoise, UniformNoise
@@ -71,7 +70,7 @@ def recommend(profile: Profile, path: GaussianPath, facts: RunFacts) -> Recommen
     edges = torch.linspace(path.log_sigma_min, path.log_sigma_max, BINS + 1, dtype=torch.float64)
     fine = profile.at((edges[1:] + edges[:-1]) / 2)
     plain = InfoNoiseSection()
-    pivot, rule = gate_pivot(plain, _from_edm_floor(profile, facts.data_std / IMAGE_DATA_STD), facts)
+    pivot, rule = gate_pivot(plain, profile, facts)
     kind = data_kind(plain, facts)
     informative = fine.density(pivot, plain.gate_order, plain.power)
     base = Histogram(edges, build("noise", plain.base, path=path).cdf(edges))
@@ -86,18 +85,6 @@ def recommend(profile: Profile, path: GaussianPath, facts: RunFacts) -> Recommen
         Histogram(edges, informative.cumulative).mix(base, plain.floor),
         LogNormalNoise(mean=round(mean, 2), std=round(deviation, 2)),
     )
-
-
-def _from_edm_floor(profile: Profile, scale: float) -> Profile:
-    """The profile from EDM's cleanest level on, against which the onset rule is calibrated, wherever the path begins.
-
-    Below the path the rate is held, as it is in the limit of continuous data. Without that a path from sigma 0.02 in
-    place of 0.002 has a ten times smaller maximum of the rate per unit sigma, hence a pivot that is much too large.
-    """
-    floor = torch.tensor([math.log(0.002 * scale)], dtype=torch.float64)
-    kept = profile.at(torch.cat([floor, profile.log_sigma[profile.log_sigma > floor]]))
-    held = torch.exp(2 * (floor - profile.log_sigma[:1]).clamp(max=0))
-    return Profile(kept.log_sigma, torch.cat([kept.x0_error[:1] * held, kept.x0_error[1:]]))
 
 
 def moments(density: Histogram) -> tuple[float, float]:
