@@ -8,6 +8,7 @@ import math
 import diffusers
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -277,3 +278,16 @@ def test_on_a_gpu_the_draws_are_the_same_and_no_step_waits():
         torch.cuda.set_sync_debug_mode("default")
         noise.refresh((step + 1) * 16)
     assert log_sigma.device.type == "cuda" and log_sigma.isfinite().all() and noise.learned is not None
+
+
+def test_keys_without_effect_are_refused_and_resolved_sections_are_not():
+    for keys, message in (
+        ({"gate_order": 0, "pivot": 0.2}, "pivot: has no effect with gate_order: 0"),
+        ({"gate_order": 0, "onset": 0.01}, "onset: has no effect with gate_order: 0"),
+        ({"pivot": 0.2, "onset": 0.01}, "onset: has no effect with a pivot"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            InfoNoiseSection(**keys)
+    for keys in ({"gate_order": 0}, {"pivot": 0.2}, {}):
+        resolved = InfoNoiseSection(**keys).model_dump()
+        assert InfoNoiseSection(**resolved).model_dump() == resolved

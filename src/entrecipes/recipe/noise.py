@@ -133,11 +133,12 @@ class InfoNoiseSection(Section):
 
     @model_validator(mode="after")
     def _no_idle_keys(self) -> InfoNoiseSection:
-        given = self.model_fields_set
+        # against the defaults, since a resolved recipe gives every key
+        changed = [key for key in ("pivot", "onset") if getattr(self, key) != type(self).model_fields[key].default]
         problems = []
         if self.gate_order == 0:
-            problems += [f"{key}: has no effect with gate_order: 0" for key in ("pivot", "onset") if key in given]
-        elif self.pivot is not None and "onset" in given:
+            problems += [f"{key}: has no effect with gate_order: 0" for key in changed]
+        elif changed == ["pivot", "onset"]:
             problems.append("onset: has no effect with a pivot")
         if problems:
             raise ValueError("\n".join(problems))
