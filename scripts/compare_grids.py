@@ -45,9 +45,8 @@ def learned_scheduler(
         return InfoNoiseScheduler.from_pretrained(place, subfolder="infonoise"), "learned by the run"
     evaluation = recipe.evaluation
     found = measure_profile(components, data, device, evaluation.held_out, evaluation.batch_size)
-    recommended = recommend(
-        found.profile, components.path, RunFacts(data_std=found.data_std, distinct_values=found.distinct_values)
-    )
+    facts = RunFacts(data_std=found.data_std, distinct_values=found.distinct_values, spacing=found.spacing)
+    recommended = recommend(found.profile, components.path, facts)
     scheduler = sampling_scheduler(components.scheduler, found.profile, recommended, found.data_std)
     return scheduler, f"measured on {found.images} {found.split} images"
 

@@ -149,7 +149,8 @@ def test_the_pivot_comes_from_the_data_or_the_recipe():
         return noise.pivot
 
     gray, binary = RunFacts(data_std=1.0), RunFacts(data_std=1.0, distinct_values=2)
-    assert pivot(binary) == pytest.approx(0.4)
+    assert pivot(binary) == pytest.approx(0.2), "values at -1 and 1"
+    assert pivot(RunFacts(distinct_values=4, spacing=0.5)) == pytest.approx(0.05)
     assert pivot(binary, data="continuous") == pivot(gray) == pytest.approx(pivot(gray, onset=0.002))
     assert pivot(gray, onset=0.0005) > pivot(gray) > 0.3
     assert pivot(gray, pivot=0.07) == 0.07

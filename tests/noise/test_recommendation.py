@@ -76,7 +76,7 @@ def test_the_window_holds_nine_tenths_and_the_recommendation_goes_there() -> Non
 
 def test_discrete_data_gets_the_pinned_pivot() -> None:
     found = recommended(edm(), data_std=1.0, distinct_values=2)
-    assert (found.kind, found.pivot_rule, found.pivot) == ("discrete", "usual", 0.4)
+    assert (found.kind, found.pivot_rule, found.pivot) == ("discrete", "usual", 0.2)
     assert found.section.model_dump(exclude_unset=True) == {"data": "discrete"}
 
 

@@ -107,7 +107,8 @@ def _diagnose(
 
     path = components.path
     weight = Objective(recipe.objective, path).weight
-    facts = RunFacts(data_std=measured.data_std, distinct_values=measured.distinct_values, weight=weight)
+    known = {name: getattr(measured, name) for name in ("data_std", "distinct_values", "spacing")}
+    facts = RunFacts(**known, weight=weight)
     recommended = recommend(measured.profile, path, facts)
     learned_here = args.recipe is None and args.noise is None and Path(args.pipeline).is_dir()
     rows = RunFolder(args.pipeline).metrics("noise") if learned_here else []

@@ -33,6 +33,7 @@ class MeasuredProfile:
         images: Images, each used at every level with a noise of its own.
         data_std: Standard deviation of their x0 over all numbers.
         distinct_values: Different numbers in them.
+        spacing: Smallest distance between two of these.
         seconds: What the forward passes took, one for each image and level.
     """
 
@@ -43,6 +44,7 @@ class MeasuredProfile:
     images: int
     data_std: float
     distinct_values: int
+    spacing: float
     seconds: float
 
     @property
@@ -82,8 +84,8 @@ def measure_profile(
     drawn, indices = draw(images, section.images, section.seed)
     x0 = data.space.encode(drawn.to(device))
     labels = images.labels[indices].to(device) if images.labels is not None else None
-    distinct_values = x0.unique().numel()
-    if distinct_values < 2:
+    values = x0.unique()
+    if values.numel() < 2:
         raise UserError(f"data: all numbers of the {len(x0)} images are the same: there is no information to measure")
     denoiser = Denoiser(components.model.to(device).eval(), components.family, components.path)
     bundle = HeldOutBundle(section, x0, labels, components.path)
@@ -102,7 +104,8 @@ def measure_profile(
         split,
         len(x0),
         x0.std().item(),
-        distinct_values,
+        values.numel(),
+        values.diff().min().item(),
         seconds,
     )
 

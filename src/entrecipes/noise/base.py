@@ -22,6 +22,8 @@ class RunFacts:
     """Standard deviation of x0 over all its numbers."""
     distinct_values: int = 256
     """Different values among the numbers of x0, as far as looked at: few in discrete data."""
+    spacing: float = 2.0
+    """Smallest distance between two of them: what it takes to tell the values of discrete data apart."""
     weight: Callable[[Tensor], Tensor] = torch.ones_like
     """The loss's weight on the x0 error at log sigma [n], as `Objective.weight`."""
     reduce: Callable[[Tensor], Tensor] | None = None

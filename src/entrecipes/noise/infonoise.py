@@ -22,10 +22,10 @@ from entrecipes.noise.base import NoiseSampler, RunFacts, evenly
 from entrecipes.recipe.base import build
 from entrecipes.recipe.noise import InfoNoiseSection
 
-IMAGE_DATA_STD = 0.5
-"""The deviation for which the pivots below are given; other data moves them along."""
-PIVOTS = {"continuous": 0.15, "discrete": 0.2}
-"""Gate pivots where the onset rule says nothing: about what it gives on CIFAR-10, and the value pinned for DNA."""
+IMAGE_DATA_STD, IMAGE_PIVOT = 0.5, 0.15
+"""Where the onset rule says nothing of continuous data: about what it gives on CIFAR-10, in units of the deviation."""
+DISCRETE_SPACING, DISCRETE_PIVOT = 2.0, 0.2
+"""For discrete data: the value pinned for DNA, here for symbols at -1 and 1, moved along with their distance."""
 FEW_VALUES = 8
 """`data: auto` takes data with at most so many distinct values for discrete: binary images, one-hot symbols."""
 
@@ -41,13 +41,15 @@ def gate_pivot(section: InfoNoiseSection, profile: Profile, facts: RunFacts) -> 
     """The sigma at which the gate is one half, in units of the data, and where it comes from.
 
     Returns:
-        The pivot, and `pinned` (the section's own), `onset` (the onset rule) or `usual` (see [`PIVOTS`]).
+        The pivot, and `pinned` (the section's own), `onset` (the onset rule) or `usual` (what is usual for such data).
     """
     if section.pivot is not None:
         return section.pivot, "pinned"
-    scale, kind = facts.data_std / IMAGE_DATA_STD, data_kind(section, facts)
-    found = onset_pivot(profile, section.onset, scale) if kind == "continuous" else None
-    return (found, "onset") if found else (PIVOTS[kind] * scale, "usual")
+    if data_kind(section, facts) == "discrete":
+        return DISCRETE_PIVOT * facts.spacing / DISCRETE_SPACING, "usual"
+    scale = facts.data_std / IMAGE_DATA_STD
+    found = onset_pivot(profile, section.onset, scale)
+    return (found, "onset") if found else (IMAGE_PIVOT * scale, "usual")
 
 
 class InfoNoise(NoiseSampler):

@@ -142,10 +142,12 @@ class Run:
     def _facts(self) -> RunFacts:
         """What noise samplers may know, from a few hundred images."""
         x0 = self.evaluator.clean(FACTS_IMAGES)
+        values = x0.unique()
         return RunFacts(
             images=self.recipe.training.images,
             data_std=x0.std().item(),
-            distinct_values=x0.unique().numel(),
+            distinct_values=values.numel(),
+            spacing=values.diff().min().item() if values.numel() > 1 else 0.0,
             weight=self.objective.weight,
         )
 
