@@ -17,6 +17,9 @@ from torch import Tensor
 from entrecipes import InfoNoiseScheduler
 from entrecipes.errors import UserError
 from entrecipes.information.nats import gate
+from entrecipes.noise.base import RunFacts
+from entrecipes.noise.infonoise import gate_pivot
+from entrecipes.recipe.noise import InfoNoiseSection
 
 STD, DIMENSIONS = 0.5, 32
 QUICK = {"bins": 24, "warmup": 512, "ramp": 0, "refresh_every": 512, "buffer": 100_000}
@@ -106,15 +109,15 @@ def test_what_was_learned_is_saved_and_makes_a_grid(tmp_path: Path) -> None:
 
 
 def test_the_gate_of_a_profile_alone_follows_the_rule() -> None:
-    """A profile without a pivot: data of another scale has its gate moved along."""
-    pivoted = ours("edm", profile=profile(), pivot=0.2, data_std=0.5)
-    ruled = ours("edm", profile=profile(), learning={"data": "discrete"}, data_std=0.5)
-    scaled = ours("edm", profile=profile(), learning={"data": "discrete"}, data_std=1.0)
-    ungated = ours("edm", profile=profile(), learning={"gate_order": 0})
-    entropic = ours("edm", profile=profile(), grid="entropic")
-    assert ruled.as_sigmas(9) == pivoted.as_sigmas(9)
-    assert scaled.as_sigmas(9)[4] > ruled.as_sigmas(9)[4] > ungated.as_sigmas(9)[4]
-    assert ungated.as_sigmas(9) == entropic.as_sigmas(9)
+    """A profile without a pivot has the one that the recipe would take, on data of this scale."""
+    facts, section = RunFacts(data_std=1.0), InfoNoiseSection()
+    rule = gate_pivot(section, ours("edm", profile=profile(1.0)).profile, facts)[0]
+    pinned = ours("edm", profile=profile(1.0), pivot=rule)
+    assert ours("edm", profile=profile(1.0), data_std=1.0).as_sigmas(9) == pinned.as_sigmas(9)
+    discrete = ours("edm", profile=profile(1.0), learning={"data": "discrete"})
+    assert discrete.as_sigmas(9) == ours("edm", profile=profile(1.0), pivot=0.2).as_sigmas(9) != pinned.as_sigmas(9)
+    ungated = ours("edm", profile=profile(1.0), learning={"gate_order": 0})
+    assert ungated.as_sigmas(9) == ours("edm", profile=profile(1.0), grid="entropic").as_sigmas(9)
 
 
 def test_misuse_is_said() -> None:

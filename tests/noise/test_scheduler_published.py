@@ -19,9 +19,11 @@ from scheduler_case import ours, profile
 from tiny import tiny
 
 from entrecipes import InfoNoiseScheduler, SequencePipeline, SequenceTransformer1DModel
+from entrecipes.diffusion.pipelines import load_components
 from entrecipes.errors import UserError
 from entrecipes.hub import export_shim
 from entrecipes.recipe.load import load
+from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.training.launch import run_recipe
 
 NOISE = {"type": "infonoise", "warmup": 32, "ramp": 0, "refresh_every": 32, "base": {"type": "log_normal"}}
@@ -106,6 +108,8 @@ def test_other_processes_load_it_by_name_or_with_trust(folder: Path) -> None:
     for name in ("by name", "by name again"):
         index = json.loads((folder / name / "model_index.json").read_text())
         assert index["scheduler"] == ["entrecipes", "InfoNoiseScheduler"]
+    trained_on = load_components(Pipeline(pretrained=str(folder / "by name")))  # what it would publish is stock again
+    assert type(trained_on.scheduler) is diffusers.EDMEulerScheduler and trained_on.path.name == "edm"
 
 
 def test_what_can_not_be_exported_is_said(folder: Path, tmp_path: Path) -> None:
