@@ -210,7 +210,8 @@ class InfoNoise(NoiseSampler):
             pivot=self.pivot,
             train_images=self.facts.images,
             data_std=self.facts.data_std,
-            learning=self.section.model_dump(mode="json", exclude_unset=True),
+            learning=self.section.model_dump(mode="json", exclude_unset=True)
+            | {"data": data_kind(self.section, self.facts)},
         ).save_pretrained(folder / "infonoise")
 
     # -- keeping ----------------------------------------------------------------------------------------------------
