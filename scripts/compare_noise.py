@@ -14,6 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from entrecipes.report.comparison.page import write_comparison
 from entrecipes.training.compare import compare
 
@@ -75,7 +77,9 @@ def main() -> int:
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
         for path in written.values():
-            if path.suffix != ".html":
+            if path.suffix == ".png":  # in 64 colours: small enough to be kept beside a recipe
+                Image.open(path).convert("RGB").quantize(64).save(args.results / path.name, optimize=True)
+            elif path.suffix != ".html":
                 shutil.copy(path, args.results)
     return 0
 
