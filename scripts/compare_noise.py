@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--stds", type=float, nargs="+", default=[0.8, 1.2], help="grid of log-normal deviations")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside EDM's and the tuned one")
     parser.add_argument("--ablations", action="store_true", help="compare variants of InfoNoise instead")
+    parser.add_argument("--baseline", default="edm", help="arm whose final quality is the target")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, help="copy the report, its plots and the JSON here")
     args = parser.parse_intermixed_args()
@@ -72,7 +73,7 @@ def main() -> int:
         write_comparison(tuning, output / "tuning")
         best = min(grid, key=lambda name: tuning.final(name).by_seed[TUNING_SEED])
         noises = {name: ARMS[name] for name in dict.fromkeys(["edm", *args.arms])} | {f"tuned {best}": grid[best]}
-    comparison = compare(arms_of(noises), args.seeds, output=output, baseline="edm", **common)
+    comparison = compare(arms_of(noises), args.seeds, output=output, baseline=args.baseline, **common)
     written = write_comparison(comparison, output)
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
