@@ -34,7 +34,7 @@ ABLATIONS = {
     "root of the rate": "noise={type: infonoise, power: 0.5}",
     "full, root": "noise={type: infonoise, power: 0.5, weight_compensation: full}",
     "no gate": "noise={type: infonoise, gate_order: 0}",
-    "pivot 0.15": "noise={type: infonoise, pivot: 0.15}",
+    "pivot 0.4": "noise={type: infonoise, pivot: 0.4}",
     "edm warm-up": "noise={type: infonoise, base: {type: log_normal}}",
 }
 TUNING_SEED = 1000

@@ -69,8 +69,19 @@ def test_patches_keep_symbols_in_their_places():
     assert moved.nonzero().ravel().tolist() == [3, 4, 5]
 
 
+def test_a_kernel_adds_the_neighbours_and_starts_at_zero():
+    model, x = build(kernel_size=3, num_layers=0), torch.randn(1, 4, 12)
+    changed = x.clone()
+    changed[0, 2, 4] += 1
+    moved = (model(x, 0.0).sample - model(changed, 0.0).sample).abs().sum(1)[0] > 0
+    assert moved.nonzero().ravel().tolist() == [3, 4, 5]
+    assert not SequenceTransformer1DModel(**SIZE, kernel_size=3).conv_in.weight.any()
+    with pytest.raises(ValueError, match="odd"):
+        SequenceTransformer1DModel(**SIZE, kernel_size=2)
+
+
 def test_a_fresh_model_predicts_zero_and_every_weight_gets_a_gradient_after_a_step():
-    model = SequenceTransformer1DModel(**SIZE, num_class_embeds=3)
+    model = SequenceTransformer1DModel(**SIZE, num_class_embeds=3, kernel_size=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, labels = torch.randn(6, 4, 12), torch.arange(6) % 3
     assert not model(x, 0.5, labels).sample.any()

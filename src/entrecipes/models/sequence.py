@@ -39,6 +39,8 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         sample_size: L, symbols in a sequence.
         alphabet: The symbols, in the order of the channels.
         patch_size: Neighbouring symbols that make one token; divides `sample_size`.
+        kernel_size: Tokens that the input projection sees at once, odd. Above 1 it is a convolution beside the projection
+            that starts at zero: short-range context, which attention alone takes many steps to find.
         num_layers: Transformer blocks.
         num_attention_heads: Heads of each block.
         attention_head_dim: Channels of each head.
@@ -48,7 +50,7 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         num_class_embeds: Classes that the model is conditioned on; null: none.
 
     Raises:
-        ValueError: When the patches don't fill the sequence, or a symbol stands twice in the alphabet.
+        ValueError: When the patches don't fill the sequence, the kernel is even, or a symbol stands twice in the alphabet.
     """
 
     _supports_gradient_checkpointing = True
@@ -59,6 +61,7 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         sample_size: int = 64,
         alphabet: str = "ACGT",
         patch_size: int = 1,
+        kernel_size: int = 1,
         num_layers: int = 4,
         num_attention_heads: int = 4,
         attention_head_dim: int = 16,
@@ -69,10 +72,13 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide sample_size {sample_size}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {kernel_size} must be odd")
         if len(set(alphabet)) != len(alphabet) or len(alphabet) < 2:
             raise ValueError(f"alphabet {alphabet!r} must have two symbols or more, each once")
         width, channels = num_attention_heads * attention_head_dim, len(alphabet) * patch_size
         self.proj_in = nn.Linear(channels, width)
+        self.conv_in = nn.Conv1d(channels, width, kernel_size, padding="same", bias=False) if kernel_size > 1 else None
         self.pos_embed = nn.Parameter(0.02 * torch.randn(sample_size // patch_size, width))
         self.time_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, width)
@@ -95,11 +101,11 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, channels)
-        for layer in (self.modulation, self.modulation_out, self.proj_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for block in self.transformer_blocks:
-            nn.init.zeros_(block.scale_shift_table)
+        zeros = [*self.modulation.parameters(), *self.modulation_out.parameters(), *self.proj_out.parameters()]
+        zeros += [block.scale_shift_table for block in self.transformer_blocks]
+        zeros += [] if self.conv_in is None else [self.conv_in.weight]
+        for parameter in zeros:
+            nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
 
     def forward(
@@ -119,8 +125,10 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         count, symbols, length = sample.shape
         patch = self.config.patch_size
         condition = self._condition(timestep, class_labels, count, sample)
-        # [n, V, L] -> tokens [n, L / p, p V]
-        hidden = self.proj_in(sample.transpose(1, 2).reshape(count, length // patch, patch * symbols)) + self.pos_embed
+        tokens = sample.transpose(1, 2).reshape(count, length // patch, patch * symbols)
+        hidden = self.proj_in(tokens) + self.pos_embed
+        if self.conv_in is not None:
+            hidden = hidden + self.conv_in(tokens.transpose(1, 2)).transpose(1, 2)
         modulation = self.modulation(condition)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:

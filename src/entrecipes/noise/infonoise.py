@@ -23,7 +23,8 @@ from entrecipes.recipe.base import build
 from entrecipes.recipe.noise import InfoNoiseSection
 
 IMAGE_DATA_STD, IMAGE_PIVOT = 0.5, 0.15
-"""Where the onset rule says nothing of continuous data: about what it gives on CIFAR-10, in units of the deviation."""
+"""The largest pivot for continuous data: about what the onset rule gives on CIFAR-10, moved along with the deviation.
+Of small images, which are less redundant, the rule asks for more, and training gets worse (recipes/infonoise)."""
 DISCRETE_SPACING, DISCRETE_PIVOT = 2.0, 0.2
 """For discrete data: the value pinned for DNA, here for symbols at -1 and 1, moved along with their distance."""
 FEW_VALUES = 8
@@ -48,8 +49,8 @@ def gate_pivot(section: InfoNoiseSection, profile: Profile, facts: RunFacts) -> 
     if data_kind(section, facts) == "discrete":
         return DISCRETE_PIVOT * facts.spacing / DISCRETE_SPACING, "usual"
     scale = facts.data_std / IMAGE_DATA_STD
-    found = onset_pivot(profile, section.onset, scale)
-    return (found, "onset") if found else (IMAGE_PIVOT * scale, "usual")
+    found, usual = onset_pivot(profile, section.onset, scale), IMAGE_PIVOT * scale
+    return (found, "onset") if found and found < usual else (usual, "usual")
 
 
 class InfoNoise(NoiseSampler):

@@ -104,8 +104,8 @@ class InfoNoiseSection(Section):
     data: Literal["auto", "continuous", "discrete"] = "auto"
     """Decides where the gate's pivot comes from; auto: discrete when the data takes at most eight different values."""
     pivot: float | None = Field(None, gt=0)
-    """Sigma at which the gate is one half; null: for continuous data by the onset rule (0.3 deviations of the data
-    where it says nothing), for discrete data a tenth of the distance between its values (0.2 for -1 and 1)."""
+    """Sigma at which the gate is one half; null: for continuous data by the onset rule, at most 0.3 deviations of the
+    data; for discrete data a tenth of the distance between its values (0.2 for -1 and 1)."""
     onset: float = Field(0.002, gt=0, lt=1)
     """The pivot is the largest sigma at which the rate per unit sigma reaches this share of its maximum."""
     gate_order: int = Field(3, ge=0)
