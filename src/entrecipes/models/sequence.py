@@ -39,8 +39,8 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         sample_size: L, symbols in a sequence.
         alphabet: The symbols, in the order of the channels.
         patch_size: Neighbouring symbols that make one token; divides `sample_size`.
-        kernel_size: Tokens that the input projection sees at once, odd. Above 1 it is a convolution beside the projection
-            that starts at zero: short-range context, which attention alone takes many steps to find.
+        kernel_size: Tokens that the input projection sees at once, odd. Above 1 there is a convolution beside it, which
+            starts at zero: short-range context, which attention alone takes many steps to find.
         num_layers: Transformer blocks.
         num_attention_heads: Heads of each block.
         attention_head_dim: Channels of each head.
@@ -50,7 +50,7 @@ class SequenceTransformer1DModel(ModelMixin, ConfigMixin):
         num_class_embeds: Classes that the model is conditioned on; null: none.
 
     Raises:
-        ValueError: When the patches don't fill the sequence, the kernel is even, or a symbol stands twice in the alphabet.
+        ValueError: When the patches don't fill the sequence, the kernel is even, or the alphabet repeats a symbol.
     """
 
     _supports_gradient_checkpointing = True
