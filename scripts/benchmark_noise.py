@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from entrecipes.errors import UserError
 from entrecipes.recipe.load import load
 from entrecipes.training.loop import step
 from entrecipes.training.run import Run
@@ -66,4 +67,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -10,12 +10,14 @@ arms share everything but `noise:`. Runs go to outputs/compare_noise/RECIPE; the
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from pathlib import Path
 
 from PIL import Image
 
+from entrecipes.errors import UserError
 from entrecipes.report.comparison.page import write_comparison
 from entrecipes.training.compare import compare
 
@@ -71,10 +73,10 @@ def main() -> int:
         }
         tuning = compare(arms_of(grid), [TUNING_SEED], output=output / "tuning", **common)
         write_comparison(tuning, output / "tuning")
-        best = min(grid, key=lambda name: tuning.final(name).by_seed[TUNING_SEED])
+        best = min(grid, key=lambda name: tuning.final(name).by_seed.get(TUNING_SEED, math.inf))
         noises = {name: ARMS[name] for name in dict.fromkeys(["edm", *args.arms])} | {f"tuned {best}": grid[best]}
     comparison = compare(arms_of(noises), args.seeds, output=output, baseline=args.baseline, **common)
-    written = write_comparison(comparison, output)
+    written = write_comparison(comparison, output / "ablations" if args.ablations else output)
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
         for path in written.values():
@@ -86,4 +88,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

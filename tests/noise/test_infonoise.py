@@ -123,9 +123,9 @@ def test_power_weight_compensation_and_the_gate_shape_the_density():
         "rate": {},
         "full": {"weight_compensation": "full"},
         "root": {"power": 0.5},
-        "open": {"gate_order": 0},
+        "open": {"gate_order": 0, "data": "auto"},
     }.items():
-        noise = made[name] = make(facts=RunFacts(weight=weight), **shared, **keys)
+        noise = made[name] = make(facts=RunFacts(weight=weight), **{**shared, **keys})
         train(noise, 256)
     rate, x = made["rate"].learned, made["rate"].centres
     gated = torch.exp(-2 * x) * error_at(x) * torch.sigmoid(3 * (x - math.log(0.2)))
@@ -151,6 +151,7 @@ def test_the_pivot_comes_from_the_data_or_the_recipe():
     gray, binary = RunFacts(data_std=1.0), RunFacts(data_std=1.0, distinct_values=2)
     assert pivot(binary) == pytest.approx(0.2), "values at -1 and 1"
     assert pivot(RunFacts(distinct_values=4, spacing=0.5)) == pytest.approx(0.05)
+    assert pivot(RunFacts(data_std=1.0, spacing=1e-7), data="discrete") == pytest.approx(0.4), "not what rounding left"
     assert pivot(binary, data="continuous") == pivot(gray) == pytest.approx(0.3), "the onset rule asks for more"
     assert pivot(gray, onset=0.02) == pytest.approx(0.19, rel=0.05), "r = 1 / (sigma + sigma^3), 250 at 0.004"
     assert pivot(gray, pivot=0.07) == 0.07
@@ -194,8 +195,6 @@ def test_saved_tables_of_another_size_are_refused():
     state = make(**SHORT).state_dict()
     with pytest.raises(ValueError, match="128 bins was saved, noise.bins is 64"):
         make(**SHORT, bins=64).load_state_dict(state)
-    with pytest.raises(ValueError, match="512 errors was saved"):
-        make(**{**SHORT, "buffer": 100}).load_state_dict(state)
 
 
 def test_errors_that_are_no_numbers_change_nothing():
@@ -225,6 +224,43 @@ def test_errors_of_zero_and_a_single_level_still_give_a_density():
         noise.record(torch.full((16,), 0.3), torch.full((16,), 0.5))
         noise.refresh((step + 1) * 16)
     assert noise.learned.density.isfinite().all()
+
+
+def test_a_run_that_is_made_longer_keeps_its_lengths_and_goes_on():
+    short, long = (make(facts=RunFacts(images=images)) for images in (20_000, 200_000))
+    train(short, 150)
+    long.load_state_dict(short.state_dict())
+    assert long.ramped == short.ramped == 1.0 and long.warmup == short.warmup == 1000
+    assert torch.equal(train(long, 5, first=150)[-1], train(short, 5, first=150)[-1])
+
+
+def test_a_held_state_does_not_change_with_the_run():
+    noise = make(**SHORT)
+    train(noise, 8)
+    state = noise.state_dict()
+    held = state["buffer"]["pairs"].clone()
+    train(noise, 8, first=8)
+    torch.testing.assert_close(state["buffer"]["pairs"], held, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_table_that_can_not_be_made_leaves_the_old_one_also_after_a_resume():
+    noise = make(**SHORT, power=12.0)
+    train(noise, 8)
+    before = noise.learned.cumulative.clone()
+    train(noise, 40, first=8, error=lambda level: torch.full_like(level, 1e30))
+    assert torch.equal(noise.learned.cumulative, before)
+    resumed = make(**SHORT, power=12.0)
+    resumed.load_state_dict(noise.state_dict())
+    assert torch.equal(train(resumed, 5, first=48)[-1], train(noise, 5, first=48)[-1])
+    first = make(**SHORT, power=12.0)
+    train(first, 8, error=lambda level: torch.full_like(level, 1e30))
+    assert first.learned is None, "nothing is learned yet, and nothing fails"
+
+
+def test_a_weight_of_zero_is_named():
+    noise = make(facts=RunFacts(weight=lambda level: (level > 0).double()), **SHORT, weight_compensation="full")
+    with pytest.raises(UserError, match="weight .* must be positive and finite"):
+        train(noise, 8)
 
 
 def test_constant_data_is_refused():
@@ -286,6 +322,8 @@ def test_keys_without_effect_are_refused_and_resolved_sections_are_not():
         ({"gate_order": 0, "pivot": 0.2}, "pivot: has no effect with gate_order: 0"),
         ({"gate_order": 0, "onset": 0.01}, "onset: has no effect with gate_order: 0"),
         ({"pivot": 0.2, "onset": 0.01}, "onset: has no effect with a pivot"),
+        ({"pivot": 0.2, "data": "discrete"}, "data: has no effect with a pivot"),
+        ({"data": "discrete", "onset": 0.01}, "onset: has no effect with data: discrete"),
     ):
         with pytest.raises(ValidationError, match=message):
             InfoNoiseSection(**keys)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from pydantic import ValidationError
 from tiny import DIT, EDM, FLOW, SEQUENCE, TEXT, UNET, tiny_recipe
 
 from entrecipes.errors import UserError
@@ -144,6 +145,11 @@ def test_labels_are_dropped_once_per_sample_and_only_where_guidance_exists():
     assert all(m.dropout_prob == 0 for m in run.model.modules() if type(m).__name__ == "LabelEmbedding")
     with pytest.raises(UserError, match="label_dropout has no effect"):
         Run(tiny_recipe(UNET, EDM, training={"label_dropout": 0.1}), None)
+
+
+def test_a_warm_up_without_an_end_is_refused():
+    with pytest.raises(ValidationError, match="noise.warmup: lasts the whole run"):
+        tiny_recipe(noise={"type": "infonoise", "warmup": 160})
 
 
 def test_a_diverged_loss_is_named_and_no_checkpoint_holds_it(tmp_path):

@@ -17,6 +17,7 @@ from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import draw
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.information.profile import Profile
+from entrecipes.information.values import value_statistics
 from entrecipes.recipe.evaluation import HeldOut
 
 
@@ -42,10 +43,10 @@ class MeasuredProfile:
     data: str
     split: str
     images: int
+    seconds: float
     data_std: float
     distinct_values: int
     spacing: float
-    seconds: float
 
     @property
     def passes(self) -> int:
@@ -84,8 +85,8 @@ def measure_profile(
     drawn, indices = draw(images, section.images, section.seed)
     x0 = data.space.encode(drawn.to(device))
     labels = images.labels[indices].to(device) if images.labels is not None else None
-    values = x0.unique()
-    if values.numel() < 2:
+    statistics = value_statistics(x0)
+    if statistics["distinct_values"] < 2:
         raise UserError(f"data: all numbers of the {len(x0)} images are the same: there is no information to measure")
     denoiser = Denoiser(components.model.to(device).eval(), components.family, components.path)
     bundle = HeldOutBundle(section, x0, labels, components.path)
@@ -103,10 +104,8 @@ def measure_profile(
         data.images.train.name,
         split,
         len(x0),
-        x0.std().item(),
-        values.numel(),
-        values.diff().min().item(),
         seconds,
+        **statistics,
     )
 
 

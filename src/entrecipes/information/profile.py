@@ -269,7 +269,7 @@ class ErrorBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, for an exact resume."""
-        return {"pairs": self.pairs, "seen": self.seen}
+        return {"pairs": self.pairs.clone(), "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave. Raises ValueError when it was of another size."""

@@ -27,6 +27,8 @@ IMAGE_DATA_STD, IMAGE_PIVOT = 0.5, 0.15
 Of small images, which are less redundant, the rule asks for more, and training gets worse (recipes/infonoise)."""
 DISCRETE_SPACING, DISCRETE_PIVOT = 2.0, 0.2
 """For discrete data: the value pinned for DNA, here for symbols at -1 and 1, moved along with their distance."""
+COUNTS = ("images", "refreshed", "warmup", "ramp", "refresh_every")
+"""Whole numbers of images in the state."""
 FEW_VALUES = 8
 """`data: auto` takes data with at most so many distinct values for discrete: binary images, one-hot symbols."""
 
@@ -46,9 +48,10 @@ def gate_pivot(section: InfoNoiseSection, profile: Profile, facts: RunFacts) -> 
     """
     if section.pivot is not None:
         return section.pivot, "pinned"
-    if data_kind(section, facts) == "discrete":
-        return DISCRETE_PIVOT * facts.spacing / DISCRETE_SPACING, "usual"
     scale = facts.data_std / IMAGE_DATA_STD
+    if data_kind(section, facts) == "discrete":
+        few = facts.distinct_values <= FEW_VALUES  # of many values, the distance of the two closest says nothing
+        return DISCRETE_PIVOT * (facts.spacing / DISCRETE_SPACING if few else scale), "usual"
     found, usual = onset_pivot(profile, section.onset, scale), IMAGE_PIVOT * scale
     return (found, "onset") if found and found < usual else (usual, "usual")
 
@@ -136,15 +139,11 @@ class InfoNoise(NoiseSampler):
         if images < self.warmup or not due:
             return None
         self.refreshed = images
-        self._estimate()
-        if self.profile is None:
-            return None
-        before = self.learned
-        self._build()
-        return self.telemetry(before)
+        before, profile = self.learned, self._estimate()
+        return self.telemetry(before) if profile is not None and self._build(profile) else None
 
-    def _estimate(self) -> None:
-        """The mmse's upper bound per bin, from the buffer; what a batch of non-finite errors leaves stays as it was."""
+    def _estimate(self) -> Profile | None:
+        """The mmse's upper bound per bin, from the buffer; errors that are no numbers are left out."""
         means = bin_means(self.edges, *self.buffer.read(), reduce=self.facts.reduce)
         share = self.section.new_weight
         if share is not None:
@@ -152,22 +151,32 @@ class InfoNoise(NoiseSampler):
             means = torch.where(means.isfinite(), means, self.means)
             self.buffer.clear()
         self.means = means
-        self.profile = fill_and_smooth(self.centres, means, self.section.smoothing) or self.profile
+        return fill_and_smooth(self.centres, means, self.section.smoothing)
 
-    def _build(self) -> None:
-        """From the profile to the table that is drawn from."""
+    def _build(self, profile: Profile) -> bool:
+        """From a profile to the table that is drawn from; errors beyond all bounds leave the old one and give False."""
         section = self.section
-        self.pivot = gate_pivot(section, self.profile, self.facts)[0] if section.gate_order else None
-        weight = None
-        if section.weight_compensation == "full":
-            weight = self.facts.weight(self.centres.to(self.device)).cpu()
+        pivot = gate_pivot(section, profile, self.facts)[0] if section.gate_order else None
+        weight = self._weight() if section.weight_compensation == "full" else None
         try:
-            learned = self.profile.density(self.pivot, section.gate_order, section.power, weight)
-        except ValueError:  # errors beyond all bounds: the old table is better
-            return
+            learned = profile.density(pivot, section.gate_order, section.power, weight)
+        except ValueError:
+            return False
+        self.profile, self.pivot = profile, pivot
         # the edges of the path to the last digit, not those recomputed from the centres
         self.learned = Histogram(self.edges, learned.cumulative).mix(self.base_table, section.floor)
         self._tables = self.base_table.to(self.device), self.learned.to(self.device)
+        return True
+
+    def _weight(self) -> Tensor:
+        """The loss's weight on the x0 error in each bin [K], on the CPU."""
+        weight = self.facts.weight(self.centres.to(self.device)).cpu()
+        if not bool((weight.isfinite() & (weight > 0)).all()):
+            raise UserError(
+                "noise: the loss's weight (loss_weight, or objective.weighting) must be positive and finite at every "
+                f"noise level from sigma {self.edges[0].exp():.3g} to {self.edges[-1].exp():.3g}"
+            )
+        return weight
 
     def telemetry(self, before: Histogram | None = None) -> dict[str, Any]:
         """What the table looks like, as plain numbers for a log.
@@ -182,8 +191,7 @@ class InfoNoise(NoiseSampler):
             `base_density`, which it takes over from.
         """
         learned, profile = self.learned, self.profile
-        weight = self.facts.weight(self.centres.to(self.device)).cpu()
-        effective = Histogram.around(self.centres, learned.density * weight)
+        effective = Histogram.around(self.centres, learned.density * self._weight())
         change = None if before is None else (learned.cumulative - before.cumulative).abs().max().item()
         below = None if self.pivot is None else learned.cdf(torch.tensor([math.log(self.pivot)])).item()
         row = {
@@ -205,34 +213,44 @@ class InfoNoise(NoiseSampler):
             return
         from entrecipes.noise.scheduler import InfoNoiseScheduler  # which learns with this very class
 
+        learning = self.section.model_dump(mode="json")
+        if self.section.pivot is None and self.section.gate_order:
+            learning["data"] = data_kind(self.section, self.facts)
         InfoNoiseScheduler.from_config(
             {**scheduler.config, "_class_name": type(scheduler).__name__},
             profile={"log_sigma": self.centres.tolist(), "x0_error": self.profile.x0_error.tolist()},
             pivot=self.pivot,
             train_images=self.facts.images,
             data_std=self.facts.data_std,
-            learning=self.section.model_dump(mode="json", exclude_unset=True)
-            | {"data": data_kind(self.section, self.facts)},
+            learning=learning,
         ).save_pretrained(folder / "infonoise")
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next draws and tables."""
-        profile = None if self.profile is None else self.profile.x0_error
-        counts = {"images": self.images, "refreshed": self.refreshed}
-        return {"buffer": self.buffer.state_dict(), "means": self.means, "x0_error": profile, **counts}
+        return {
+            "buffer": self.buffer.state_dict(),
+            "means": self.means.clone(),
+            "x0_error": None if self.profile is None else self.profile.x0_error.clone(),
+            **{name: getattr(self, name) for name in COUNTS},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave. Raises ValueError for tables of another size."""
+        """Restore what `state_dict` gave, its lengths included: a run that is made longer does not warm up again.
+
+        Raises:
+            ValueError: For tables of another size.
+        """
         if state["means"].shape != self.means.shape:
             raise ValueError(f"a table of {len(state['means'])} bins was saved, noise.bins is {len(self.means)}")
+        self.buffer = ErrorBuffer(state["buffer"]["pairs"].shape[1], self.device)
         self.buffer.load_state_dict(state["buffer"])
         self.means = state["means"].cpu().clone()
-        self.images, self.refreshed = state["images"], state["refreshed"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
         if state["x0_error"] is not None:
-            self.profile = Profile(self.centres, state["x0_error"].cpu().clone())
-            self._build()
+            self._build(Profile(self.centres, state["x0_error"].cpu().clone()))
 
 
 def _four_digits(values: Tensor) -> list[float]:

@@ -114,7 +114,7 @@ class InfoNoiseSection(Section):
     """Exponent of the gated rate; 0.5 draws from its root."""
     weight_compensation: Literal["none", "full"] = "none"
     """full: divide the density by the loss's weight, so that draws times weight follow the rate."""
-    floor: float = Field(0.02, ge=0, le=1)
+    floor: float = Field(0.02, ge=0, lt=1)
     """Share of the draws that stays with `base`, so that every level goes on being measured."""
     warmup: PositiveCount | None = None
     """Images drawn from `base` before the first estimate; null: 5 % of the run."""
@@ -134,12 +134,15 @@ class InfoNoiseSection(Section):
     @model_validator(mode="after")
     def _no_idle_keys(self) -> InfoNoiseSection:
         # against the defaults, since a resolved recipe gives every key
-        changed = [key for key in ("pivot", "onset") if getattr(self, key) != type(self).model_fields[key].default]
+        fields, keys = type(self).model_fields, ("data", "pivot", "onset")
+        changed = {key for key in keys if getattr(self, key) != fields[key].default}
         problems = []
         if self.gate_order == 0:
-            problems += [f"{key}: has no effect with gate_order: 0" for key in changed]
-        elif changed == ["pivot", "onset"]:
-            problems.append("onset: has no effect with a pivot")
+            problems += [f"{key}: has no effect with gate_order: 0" for key in keys if key in changed]
+        elif self.pivot is not None:
+            problems += [f"{key}: has no effect with a pivot" for key in ("data", "onset") if key in changed]
+        elif self.data == "discrete" and "onset" in changed:
+            problems.append("onset: has no effect with data: discrete")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -52,6 +52,8 @@ class Recipe(Section):
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
         problems += self._kind_problems()
+        if getattr(self.noise, "warmup", None) and self.noise.warmup >= training.images:
+            problems.append("noise.warmup: lasts the whole run, so that nothing would be learned; make it shorter")
         if problems:
             raise ValueError("\n".join(problems))
         return self

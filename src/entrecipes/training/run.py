@@ -26,6 +26,7 @@ from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.heldout import HeldOutResult
+from entrecipes.information.values import value_statistics
 from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
@@ -141,15 +142,8 @@ class Run:
 
     def _facts(self) -> RunFacts:
         """What noise samplers may know, from a few hundred images."""
-        x0 = self.evaluator.clean(FACTS_IMAGES)
-        values = x0.unique()
-        return RunFacts(
-            images=self.recipe.training.images,
-            data_std=x0.std().item(),
-            distinct_values=values.numel(),
-            spacing=values.diff().min().item() if values.numel() > 1 else 0.0,
-            weight=self.objective.weight,
-        )
+        known = value_statistics(self.evaluator.clean(FACTS_IMAGES))
+        return RunFacts(**known, images=self.recipe.training.images, weight=self.objective.weight)
 
     def _prepare_model(self) -> None:
         training = self.recipe.training
