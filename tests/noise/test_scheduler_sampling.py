@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from scheduler_case import STOCK, ours, profile, sample, stock
@@ -135,9 +136,46 @@ def test_levels_of_ones_own(name: str) -> None:
     for wrong in ({"sigmas": sigmas.flip(0)[1:]}, {"sigmas": [0.5, -0.1]}, {"sigmas": []}):
         with pytest.raises(UserError, match="noise levels that fall"):
             scheduler.set_timesteps(**wrong)
-    for wrong in ({}, {"num_inference_steps": 3, "sigmas": [0.5]}, {"sigmas": [0.5], "timesteps": [1.0]}):
+    for wrong in ({}, {"num_inference_steps": 1, "timesteps": [1.0]}, {"sigmas": [0.5], "timesteps": [1.0]}):
         with pytest.raises(UserError, match="only one"):
             scheduler.set_timesteps(**wrong)
+    scheduler.set_timesteps(num_inference_steps=7, sigmas=sigmas)  # as many as steps, as in diffusers
+    torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=1e-3, atol=1e-5)
+    with pytest.raises(UserError, match="3 steps but 1 sigmas"):
+        scheduler.set_timesteps(num_inference_steps=3, sigmas=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"time_shift_type": "linear", "shift_terminal": 0.1}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ],
+)
+def test_the_ramp_of_flux_like_pipelines_is_bent_by_the_base_or_gives_way_to_a_learned_grid(
+    class_name: str, config: dict[str, Any]
+) -> None:
+    theirs = getattr(diffusers, class_name)(use_dynamic_shifting=True, **config)
+    mine = InfoNoiseScheduler.from_config(theirs.config)
+    ramp = {"sigmas": np.linspace(1.0, 1 / 8, 8), "mu": 0.8}
+    for given in (ramp, {**ramp, "num_inference_steps": 8}, {"sigmas": np.array([0.9, 0.3]), "mu": 1.2}):
+        theirs.set_timesteps(**given)
+        mine.set_timesteps(**given)
+        assert abs(theirs.sigmas[1] - given["sigmas"][1]) > 0.01
+        torch.testing.assert_close(mine.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="noise levels that fall"):
+        mine.set_timesteps(sigmas=[0.3, 0.9], mu=1.2)
+
+    learned = InfoNoiseScheduler.from_config(theirs.config, profile=profile(), grid="rescaled")
+    learned.set_timesteps(8)
+    wanted = learned.sigmas
+    for given in (ramp, {**ramp, "num_inference_steps": 8, "sigmas": ramp["sigmas"].astype(np.float32).tolist()}):
+        learned.set_timesteps(**given)
+        assert torch.equal(learned.sigmas, wanted)
+    for literal in ({"sigmas": ramp["sigmas"]}, {"sigmas": [0.9, 0.3], "mu": 0.8}):
+        learned.set_timesteps(**literal)
+        assert learned.sigmas[:-1].tolist() == pytest.approx(list(literal["sigmas"]))
 
 
 def test_misuse_is_said() -> None:

@@ -156,37 +156,60 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
         """Choose the noise levels of the next sampling.
 
         Args:
-            num_inference_steps: Steps along the grid.
+            num_inference_steps: Steps along the grid; it may also come with as many sigmas.
             device: Where `timesteps` shall be.
             sigmas: Levels of one's own instead, decreasing, with or without a final 0: b / a, or the time for flow.
             timesteps: The same as timesteps.
-            mu: Time shift of a base scheduler with dynamic shifting, for the grid `base`.
+            mu: Time shift of a base scheduler with dynamic shifting, which pipelines take from the image size. On the
+                grid `base` it bends the sigmas too, as the stock scheduler does. With a learned grid the ramp that
+                Flux-like pipelines always pass along with it, n sigmas from 1 to 1 / n, only says n: the levels are
+                the learned grid's, and other sigmas are taken as they are.
 
         Raises:
-            UserError: When not exactly one of the three is given, or levels do not fall.
+            UserError: When none of the three is given or several that do not fit, or levels do not fall.
         """
-        if sum(given is not None for given in (num_inference_steps, sigmas, timesteps)) != 1:
-            raise UserError("set_timesteps: give num_inference_steps, sigmas or timesteps, and only one of them")
-        if sigmas is not None:
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
-            levels = from_sigmas(self.path, sigmas[:-1] if sigmas[-1:].eq(0).any() else sigmas)
-        elif timesteps is not None:
+        if (num_inference_steps is None and sigmas is None) == (timesteps is None):
+            raise UserError(
+                "set_timesteps: give num_inference_steps, sigmas or timesteps, and only one of them (or as many sigmas "
+                "as num_inference_steps)"
+            )
+        if timesteps is not None:
             levels = self.path.log_sigma(torch.as_tensor(timesteps, dtype=torch.float64).cpu())
-        else:
+        elif sigmas is None:
             levels = self._grid(num_inference_steps, mu)
-        if levels.isnan().any() or levels.numel() == 0 or not bool((levels.diff() < 0).all()):
+        else:
+            levels = self._given(sigmas, num_inference_steps, mu)
+        if not _fall(levels):
             raise UserError("set_timesteps: sigmas and timesteps must be noise levels that fall; the noisiest is first")
         self._set_levels(levels, device)
         self.num_inference_steps = len(levels)
 
+    def _given(self, sigmas: Sequence[float] | Tensor, n: int | None, mu: float | None) -> Tensor:
+        """log sigma [n] that a caller's sigmas stand for, as `set_timesteps` describes them."""
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        sigmas = sigmas[:-1] if sigmas[-1:].eq(0).any() else sigmas
+        if n not in (None, len(sigmas)):
+            raise UserError(f"set_timesteps: {n} steps but {len(sigmas)} sigmas; give one of them, or as many of each")
+        levels, n = from_sigmas(self.path, sigmas), len(sigmas)
+        if mu is None or not _fall(levels):
+            return levels
+        if self._kind != "base":
+            return self._grid(n) if torch.allclose(sigmas, torch.linspace(1, 1 / n, n, dtype=sigmas.dtype)) else levels
+        dynamic = self._base.config.get("use_dynamic_shifting")
+        return own_levels(self._base, self.path, n, mu=mu, sigmas=sigmas.numpy()) if dynamic else levels
+
+    @property
+    def _kind(self) -> str:
+        """Name of the grid."""
+        return self.settings["grid"] or ("base" if self.settings["profile"] is None else "infogrid")
+
     def _grid(self, n: int, mu: float | None = None) -> Tensor:
         """Decreasing log sigma [n] of the grid."""
-        profile = self.profile
-        kind = self.settings["grid"] or ("base" if profile is None else "infogrid")
+        profile, kind = self.profile, self._kind
         if n < 1:
             raise UserError(f"set_timesteps: {n} steps; take at least 1")
         if kind == "base":
-            return own_levels(self._base, self.path, n, mu)
+            return own_levels(self._base, self.path, n, mu=mu)
         keys, pivot = self.learning, self.settings["pivot"]
         if pivot is None and keys.gate_order:
             pivot = gate_pivot(keys, profile, RunFacts(data_std=self.settings["data_std"]))[0]
@@ -216,6 +239,10 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
 
 # Saved pipelines name this module, and diffusers looks the class up there.
 InfoNoiseScheduler.__module__ = "entrecipes"
+
+
+def _fall(levels: Tensor) -> bool:
+    return levels.numel() > 0 and not levels.isnan().any() and bool((levels.diff() < 0).all())
 
 
 def _check(settings: Mapping[str, Any]) -> None:

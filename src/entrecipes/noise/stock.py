@@ -81,15 +81,17 @@ def levels_of(scheduler: Any, path: GaussianPath) -> Tensor:
     return from_sigmas(path, sigmas[:-1].cpu().unique()).flip(0)
 
 
-def own_levels(scheduler: Any, path: GaussianPath, n: int, mu: float | None = None) -> Tensor:
+def own_levels(scheduler: Any, path: GaussianPath, n: int, **keys: Any) -> Tensor:
     """The levels of a scheduler's own grid for n steps, as `levels_of`. Sets its timesteps.
+
+    `keys` are what else its `set_timesteps` shall be given, such as `mu`; those that are None are left out.
 
     Raises:
         UserError: When it makes no grid of n levels without being told more, or visits other levels in between.
     """
     name = type(scheduler).__name__
     try:
-        scheduler.set_timesteps(n, **({} if mu is None else {"mu": mu}))
+        scheduler.set_timesteps(n, **{key: value for key, value in keys.items() if value is not None})
     except REFUSALS as error:
         raise UserError(f"grid base: {name} makes no grid of {n} steps ({error}); take another grid") from error
     levels = levels_of(scheduler, path)
