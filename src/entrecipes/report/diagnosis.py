@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RULES = {
     "onset": "by the onset rule: where the rate per unit sigma reaches 0.2 % of its maximum",
-    "usual": "the usual one: 0.3 deviations of the data at most, or a tenth of the distance between its values",
+    "usual": "the usual one",
 }
 EFFORTS = {"draws": "draws", "effective": "draws x weight", "loss": "loss"}
 """What is spent over noise levels: draws; draws times the loss's weight on the x0 error; and that times the error."""
