@@ -115,6 +115,24 @@ def test_noise_is_added_at_one_timestep_or_at_one_each(keys: dict[str, Any]) -> 
     assert scheduler.add_noise(image().half(), noise.half(), timesteps).dtype == torch.float16
 
 
+def test_what_stock_schedulers_have_for_pipelines_and_training_scripts() -> None:
+    noise = image().flip(0)
+    theirs, mine = stock("flow"), ours("flow")
+    for at in (theirs.timesteps[[200, 700]], theirs.timesteps[[500]]):
+        expected = theirs.scale_noise(image(), at, noise)
+        torch.testing.assert_close(mine.scale_noise(image(), at, noise), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.get_velocity(image(), noise, at), noise - image())
+
+    timesteps = torch.tensor([100, 999])
+    for prediction_type in ("v_prediction", "epsilon"):  # the velocity, whatever is predicted
+        theirs = diffusers.DDIMScheduler(prediction_type=prediction_type)
+        velocity = InfoNoiseScheduler.from_config(theirs.config).get_velocity(image(), noise, timesteps)
+        expected = theirs.get_velocity(image(), noise, timesteps)
+        torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="get_velocity.*target"):
+        ours("edm").get_velocity(image(), noise, mine.timesteps[:2])
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_what_was_learned_rides_through_stock_schedulers(name: str, caplog: Any, tmp_path: Path) -> None:
     first = stock(name)

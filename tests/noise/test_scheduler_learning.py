@@ -18,7 +18,7 @@ from entrecipes import InfoNoiseScheduler
 from entrecipes.errors import UserError
 from entrecipes.information.nats import gate
 from entrecipes.noise.base import RunFacts
-from entrecipes.noise.infonoise import gate_pivot
+from entrecipes.noise.infonoise import InfoNoise, gate_pivot
 from entrecipes.recipe.noise import InfoNoiseSection
 
 STD, DIMENSIONS = 0.5, 32
@@ -92,6 +92,48 @@ def test_a_resumed_loop_goes_on_bit_for_bit(name: str, stop: int, tmp_path: Path
     actual += [step(again, 256, seed)[0] for seed in range(stop, 12)]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert again.settings == whole.settings and again.settings["profile"] is not None
+
+
+def test_the_config_changes_only_with_the_table() -> None:
+    scheduler, seen = ours("edm", train_images=20_000, learning=QUICK), []
+    for seed in range(8):  # a table every 512 images
+        before = scheduler.settings
+        row = step(scheduler, 256, seed)[1]
+        seen.append(row is not None)
+        assert (scheduler.settings is not before) == seen[-1]
+    assert seen == [False, True] * 4 and scheduler.settings["pivot"] == row["pivot"]
+
+
+def test_the_learner_moves_with_the_images_but_not_back() -> None:
+    """`meta` stands for an accelerator: it has a device of its own, but no numbers."""
+    scheduler = ours("edm", train_images=1000)
+    x = torch.randn(4, 3, 4, 4)
+    scheduler.record(x, x, x, scheduler.sample_timesteps(4))
+    first = scheduler._learner
+    assert scheduler._learner_on(torch.device("cpu")) is first
+    moved = scheduler._learner_on(torch.device("meta"))
+    assert moved is not first and moved.device.type == "meta" and moved.images == first.images == 4
+    assert scheduler._learner_on(torch.device("cpu")) is scheduler._learner_on(torch.device("meta")) is moved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_loop_with_images_on_a_gpu_builds_the_learner_there_once(
+    device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, built = InfoNoise.__init__, []
+
+    def counted(self: InfoNoise, *arguments: Any) -> None:
+        build(self, *arguments)
+        built.append(self.device)
+
+    monkeypatch.setattr(InfoNoise, "__init__", counted)
+    scheduler, x = ours("edm", train_images=1000), torch.randn(4, 3, 4, 4, device="cuda")
+    for _ in range(5):
+        timesteps = scheduler.sample_timesteps(4, device=device)
+        scheduler.record(x, x, x, timesteps)
+    assert [where.type for where in built] == ["cpu", "cuda"] and scheduler._learner.images == 20
+    assert timesteps.device.type == (device or "cuda")
 
 
 def test_what_was_learned_is_saved_and_makes_a_grid(tmp_path: Path) -> None:

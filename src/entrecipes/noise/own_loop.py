@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entrecipes.diffusion.objective import Objective
-from entrecipes.diffusion.path import GaussianPath
+from entrecipes.diffusion.path import GaussianPath, expand
 from entrecipes.errors import UserError
 from entrecipes.noise.base import RunFacts
 from entrecipes.noise.infonoise import InfoNoise
@@ -46,10 +46,11 @@ class OwnLoop:
         Args:
             n: Samples of this process's batch.
             generator: Source of randomness, on any device; None: the CPU's global one.
-            device: Where the images are; None: the CPU.
+            device: Where the images are; None: where `record` saw them last, the CPU before it saw any. A run that
+                shall resume exactly on an accelerator needs it, as a loaded state does not say where images are.
 
         Returns:
-            Timesteps float32 [n] (not whole numbers) for `add_noise` and the network.
+            Timesteps float32 [n] (not whole numbers) for `add_noise` and the network, on that device.
 
         Raises:
             UserError: When the length of the training is not known.
@@ -59,11 +60,30 @@ class OwnLoop:
             place = "cpu" if generator is None else generator.device
             seed = torch.randint(2**62, (), generator=generator, device=place).item()
             generator = torch.Generator(learner.device).manual_seed(seed)
-        return self.path.timestep(learner.sample(n, generator)[0]).float()
+        return self.path.timestep(learner.sample(n, generator)[0]).float().to(device)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
         """x = a x0 + b noise at timesteps [n], or one for all; images [n, ...] keep their dtype."""
         return self.path.add_noise(original_samples, noise, self.log_sigma(timesteps, original_samples.device))
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor | float, noise: Tensor) -> Tensor:
+        """`add_noise` as diffusers' flow schedulers call it, for their image-to-image and inpainting pipelines."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
+        """The target of v prediction [n, ...], whatever this scheduler predicts: a noise - b x0 (Salimans & Ho 2022),
+        for flow noise - x0. As training scripts for diffusers call it, with `sample` x0; better take `target`.
+
+        Raises:
+            UserError: For EDM, whose stock schedulers have none either.
+        """
+        if self.path.name == "edm":
+            raise UserError("get_velocity: EDM schedulers have none; take scheduler.target(x0, noise, timesteps)")
+        log_sigma = self.log_sigma(timesteps, sample.device)
+        if self.path.name == "flow":
+            return self.path.target(sample, noise, log_sigma)
+        a, b = self.path.coefficients(log_sigma)
+        return (expand(a, sample) * noise - expand(b, sample) * sample).to(sample.dtype)
 
     def target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
         """What the network should predict [n, ...], by the scheduler's prediction type."""
@@ -100,9 +120,11 @@ class OwnLoop:
         learner = self._learner_on(original_samples.device)
         log_sigma = self.log_sigma(timesteps, original_samples.device)
         target = self.path.target(original_samples.float(), noise.float(), log_sigma)
-        learner.record(log_sigma, self.objective(model_output.detach(), target, log_sigma)[1])
+        x0_error = self.objective(model_output.detach(), target, log_sigma)[1]
+        learner.record(log_sigma.to(learner.device), x0_error.to(learner.device))
         row = learner.refresh(learner.images + self._batch_of_all(n))
-        self._keep_profile()
+        if row is not None:
+            self._keep_profile()
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,9 +157,10 @@ class OwnLoop:
     # -- what stands behind it --------------------------------------------------------------------------------------
 
     def _learner_on(self, device: torch.device) -> InfoNoise:
-        """The schedule that is learned, on a device; built when first asked for, and moved with the images."""
+        """The schedule that is learned; built when first asked for, on that device, and moved with the images, but
+        never back to the CPU: draws without a device would take it there and the next images away again."""
         settings, learner = self.settings, self._learner
-        if learner is None or learner.device != device:
+        if learner is None or device.type != "cpu" and learner.device != device:
             keys = self.learning
             if not settings["train_images"] and not (keys.warmup and keys.refresh_every):
                 raise UserError(
