@@ -72,6 +72,17 @@ BROKEN = {
         GOOD + "evaluation:\n  metrics: [kid]\n  features: {type: dino}\n",
         ["r.yaml:10: evaluation.features.type: there is no 'dino' (`entrecipes ls features` lists the choices)"],
     ),
+    "unknown type within a type": (
+        GOOD + "noise: {type: infonoise, base: {type: uniforn}}\n",
+        [f"r.yaml:8: noise.base.type: there is no 'uniforn'; did you mean 'uniform'? {LISTS}"],
+    ),
+    "type that can't stand within": (
+        GOOD + "noise: {type: infonoise, base: {type: loss_aware}}\n",
+        [
+            "r.yaml:8: noise.base.type: 'loss_aware' can't stand here; one of uniform, cosine, log_uniform, log_normal, "
+            "logit_normal, mode"
+        ],
+    ),
     "missing type": (
         GOOD + "blocks:\n  stages: []\n",
         ["r.yaml:8: blocks.type: is missing: one of all, staged (`entrecipes ls blocks` says more)"],

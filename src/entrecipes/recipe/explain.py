@@ -69,15 +69,25 @@ def _explain(detail: dict[str, Any], root: Node, data: Any) -> Iterator[Problem]
         says = next((f.description for name, f in section.model_fields.items() if (f.alias or name) == path[-1]), "")
         yield _at(root, path, f"is missing: {says.rstrip('.')}")
     elif kind == "union_tag_not_found" and isinstance(detail["input"], dict):
-        choices = ", ".join(REGISTRY[path[-1]])
-        yield _at(root, [*path, "type"], f"is missing: one of {choices} (`entrecipes ls {path[-1]}` says more)")
+        wing = _wing(path)
+        choices = ", ".join(REGISTRY[wing])
+        yield _at(root, [*path, "type"], f"is missing: one of {choices} (`entrecipes ls {wing}` says more)")
     elif kind == "union_tag_invalid" or (kind == "literal_error" and path[-1] == "type"):
         section_path = path if kind == "union_tag_invalid" else path[:-1]
-        wing, name = str(section_path[-1]), context["tag"] if "tag" in context else detail["input"]
-        text = f"there is no '{name}'{nearest(name, REGISTRY[wing])} (`entrecipes ls {wing}` lists the choices)"
+        wing, name = _wing(section_path), context["tag"] if "tag" in context else detail["input"]
+        choices = re.findall(r"'([^']*)'", context.get("expected_tags", "")) or [*REGISTRY[wing]]
+        if name in REGISTRY[wing]:  # a choice of the wing, but not in this place
+            text = f"'{name}' can't stand here; one of {', '.join(choices)}"
+        else:
+            text = f"there is no '{name}'{nearest(name, choices)} (`entrecipes ls {wing}` lists the choices)"
         yield _at(root, [*section_path, "type"], text)
     else:
         yield _at(root, path, _wrong_value(kind, context, detail))
+
+
+def _wing(path: list[str | int]) -> str:
+    """The wing whose choices stand at a path: `noise` also for `noise.base`."""
+    return next(str(key) for key in reversed(path) if key in REGISTRY)
 
 
 def _wrong_value(kind: str, context: dict[str, Any], detail: dict[str, Any]) -> str:
