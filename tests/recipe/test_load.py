@@ -79,8 +79,8 @@ BROKEN = {
     "type that can't stand within": (
         GOOD + "noise: {type: infonoise, base: {type: loss_aware}}\n",
         [
-            "r.yaml:8: noise.base.type: 'loss_aware' can't stand here; one of uniform, cosine, log_uniform, log_normal, "
-            "logit_normal, mode"
+            "r.yaml:8: noise.base.type: 'loss_aware' can't stand here; one of uniform, cosine, log_uniform, "
+            "log_normal, logit_normal, mode"
         ],
     ),
     "missing type": (
