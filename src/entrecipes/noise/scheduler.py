@@ -220,13 +220,13 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
         """The grid of n steps as decreasing sigmas (flow: times), without the final 0."""
         return to_sigmas(self.path, self._grid(n)).tolist()
 
-    def schedule_for(self, scheduler: SchedulerMixin, n: int) -> dict[str, Any]:
+    def schedule_for(self, scheduler: SchedulerMixin, n: int, mu: float | None = None) -> dict[str, Any]:
         """Arguments with which a stock scheduler samples along this grid: `{"sigmas": ...}` or `{"timesteps": ...}`.
 
             pipeline(..., **scheduler.schedule_for(pipeline.scheduler, 20))
 
         What a scheduler does to the numbers on its way (appends a 0, shifts time again, rounds) is allowed for and
-        checked on a copy of it.
+        checked on a copy of it. One with dynamic shifting needs the `mu` that the pipeline will pass to it.
 
         Raises:
             UserError: For a scheduler that can't be told, such as EDMEulerScheduler, or one of another noise path.
@@ -234,7 +234,7 @@ class InfoNoiseScheduler(OwnLoop, Sampling, SchedulerMixin, ConfigMixin):
         theirs = GaussianPath.from_scheduler(scheduler).name
         if theirs != self.path.name:
             raise UserError(f"{type(scheduler).__name__} samples along another path: {theirs}, not {self.path.name}")
-        return told(scheduler, self._grid(n))
+        return told(scheduler, self._grid(n), mu)
 
 
 # Saved pipelines name this module, and diffusers looks the class up there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -100,46 +101,54 @@ def own_levels(scheduler: Any, path: GaussianPath, n: int, **keys: Any) -> Tenso
     return levels
 
 
-def told(scheduler: Any, levels: Tensor) -> dict[str, np.ndarray]:
+def told(scheduler: Any, levels: Tensor, mu: float | None = None) -> dict[str, np.ndarray]:
     """Arguments with which a stock scheduler samples at given levels.
 
     Args:
         scheduler: A stock scheduler; it is not changed.
         levels: Decreasing log sigma [n].
+        mu: Time shift that it will be given along with them, where it shifts dynamically.
 
     Returns:
-        `{"sigmas": ...}` or `{"timesteps": ...}` for its `set_timesteps`, and for pipelines that pass these on. With
-        timesteps that must be whole numbers, each level is moved to the nearest one that is free.
+        `{"sigmas": ...}` or `{"timesteps": ...}` for its `set_timesteps`, and for pipelines that pass these on (`mu` is
+        not among them: pipelines take it from the image size). With timesteps that must be whole numbers, each level is
+        moved to the nearest one that is free.
 
     Raises:
         UserError: When there is no way to tell it.
     """
     path = GaussianPath.from_scheduler(scheduler)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
-    for argument, values, meant in _spellings(path, scheduler.config, levels):
+    shift = {} if mu is None else {"mu": mu}
+    for argument, values, meant in _spellings(path, scheduler.config, levels, mu):
         if argument not in accepted:
             continue
         probe = copy.deepcopy(scheduler)
         try:
-            probe.set_timesteps(**{argument: values})
+            probe.set_timesteps(**{argument: values}, **shift)
             read = levels_of(probe, path)
         except REFUSALS:
             continue
         if read.shape == meant.shape and bool(((read - meant).abs() < READ_BACK).all()):
             return {argument: values}
     raise UserError(
-        f"{type(scheduler).__name__} can't be told its noise levels (it refuses them, or bends them on its way); "
-        "sample with the InfoNoiseScheduler itself, EulerDiscreteScheduler (VP) or FlowMatchEulerDiscreteScheduler"
+        f"{type(scheduler).__name__} can't be told its noise levels (it refuses them, or bends them on its way; where "
+        "it shifts time dynamically, pass the pipeline's mu); sample with the InfoNoiseScheduler itself, "
+        "EulerDiscreteScheduler (VP) or FlowMatchEulerDiscreteScheduler"
     )
 
 
-def _spellings(path: GaussianPath, config: Any, levels: Tensor) -> Iterator[tuple[str, np.ndarray, Tensor]]:
+def _spellings(
+    path: GaussianPath, config: Any, levels: Tensor, mu: float | None
+) -> Iterator[tuple[str, np.ndarray, Tensor]]:
     """Ways to spell levels: the argument, its values, and the levels that they mean."""
     sigmas = to_sigmas(path, levels).numpy()
     yield "sigmas", sigmas, levels
     yield "sigmas", np.append(sigmas, 0.0), levels
     if path.name == "flow":  # the scheduler will bend time: t = s t' / (1 + (s - 1) t')
         shift = config.get("flow_shift", config.get("shift", 1.0))
+        if mu is not None and config.get("use_dynamic_shifting"):
+            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         yield "sigmas", sigmas / (shift - (shift - 1) * sigmas), levels
     if path.name == "vp":
         whole = _distinct_integers(path.timestep(levels).flip(0).numpy(), config.num_train_timesteps)[::-1].copy()
