@@ -160,4 +160,11 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
 
 
 def _said(changes: list[tuple[str, Any, Any]]) -> str:
-    return "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in changes)
+    """In words; of a section that is of another type, only the type."""
+    sections = [key.removesuffix("type") for key, _, _ in changes if key.endswith(".type")]
+    said = [
+        change
+        for change in changes
+        if not any(change[0].startswith(section) and change[0] != f"{section}type" for section in sections)
+    ]
+    return "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in said)
