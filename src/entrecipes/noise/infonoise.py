@@ -50,8 +50,8 @@ def gate_pivot(section: InfoNoiseSection, profile: Profile, facts: RunFacts) -> 
         return section.pivot, "pinned"
     scale = facts.data_std / IMAGE_DATA_STD
     if data_kind(section, facts) == "discrete":
-        few = facts.distinct_values <= FEW_VALUES  # of many values, the distance of the two closest says nothing
-        return DISCRETE_PIVOT * (facts.spacing / DISCRETE_SPACING if few else scale), "usual"
+        apart = facts.spacing > 0.25 * facts.data_std  # of many values, the distance of the two closest says nothing
+        return DISCRETE_PIVOT * (facts.spacing / DISCRETE_SPACING if apart else scale), "usual"
     found, usual = onset_pivot(profile, section.onset, scale), IMAGE_PIVOT * scale
     return (found, "onset") if found and found < usual else (usual, "usual")
 
