@@ -251,7 +251,10 @@ def _check(settings: Mapping[str, Any]) -> None:
     if order not in (1, 2):
         raise UserError(f"solver_order: {order} is not supported; pass solver_order=2 or 1")
     if grid not in (None, "base", *GRIDS):
-        raise UserError(f"grid: there is no '{grid}'{nearest(grid, ('base', *GRIDS))}")
+        raise UserError(f"grid: there is no '{grid}'{nearest(grid, GRIDS)} There are base, {', '.join(GRIDS)}")
+    for name in ("pivot", "train_images", "data_std"):
+        if settings[name] is not None and not settings[name] > 0:
+            raise UserError(f"{name}: must be above 0, got {settings[name]}")
     if profile is not None:
         _as_profile(profile)
     elif grid not in (None, "base"):
