@@ -1,0 +1,192 @@
+"""The pass behind block scores: every block skipped in turn on common draws, each prefix computed once.
+
+A skipped block changes nothing before it, so that what the blocks before it returned is kept from the full pass: about
+half of the passes that skipping each block afresh would take. One mini-batch's hidden states of all blocks are held in
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from entrecipes.blocks.scores import BlockScores
+from entrecipes.blocks.stack import BlockStack
+from entrecipes.errors import UserError
+
+KEYS = ("mean", "square", "loss", "output_distance", "log_spread", "abs_log_spread")
+TINY = 1e-12
+"""Least variance, so that a constant prediction has a logarithm."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A mini-batch at one noise level, the same inputs at every call.
+
+    Args:
+        level: Index of its noise level.
+        call: Runs the model on it: prediction and target, both [n, ...], in the model's own prediction space.
+    """
+
+    level: int
+    call: Callable[[], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def measure_blocks(
+    stack: BlockStack,
+    draws: Iterable[Draw],
+    *,
+    log_sigma: Tensor,
+    x0_error_scale: Tensor,
+    gate_pivot: float | None = None,
+    gone: Collection[int] = (),
+    gradients: bool = True,
+    origin: dict[str, Any] | None = None,
+) -> BlockScores:
+    """Score every block of a model (put it into eval mode first; it is left as it was found).
+
+    Args:
+        stack: The model's blocks.
+        draws: Mini-batches, those of one level together; about 1,000 samples in all (Ent-Prog, section 3).
+        log_sigma: The noise levels [L].
+        x0_error_scale: x0 error per squared error of the prediction at each level [L] (`GaussianPath.x0_error_scale`).
+        gate_pivot: Sigma at which the information's gate is one half; None: no gate.
+        gone: Blocks that count as removed already: skipped throughout, and without scores (their rows are NaN).
+        gradients: Also measure the Taylor score, which takes one more forward and backward pass.
+        origin: Kept with the scores.
+
+    Raises:
+        UserError: When there are no draws, or a prediction is not finite.
+    """
+    start, count, samples = time.perf_counter(), len(stack), 0
+    left = [index for index in range(count) if index not in gone]
+    tally: _Tally | None = None
+    taylor = _Taylor(stack) if gradients else None
+    for draw in draws:
+        with stack.skipped(*gone):
+            with stack.recorded() as calls:
+                full, target = draw.call()
+            tally = tally or _Tally(count + 1, len(log_sigma), full)
+            tally.add(count, draw.level, full, target, full)
+            for index in left:
+                before, after = stack.hidden_states(index, calls)
+                alike = cosine_similarity(before.double(), after.double(), dim=-1).mean()
+                tally.bi[index, draw.level] += len(full) * (1 - alike)
+                with stack.skipped(index, calls=calls):
+                    tally.add(index, draw.level, draw.call()[0], target, full)
+            if taylor:
+                taylor.add(draw)
+        samples += len(full)
+    if tally is None:
+        raise UserError("there is nothing to score blocks on: no draws were given")
+    every = tally.tables()
+    scale = x0_error_scale.double().cpu()
+    every["x0_error"] = every["loss"] * scale
+    every["mean_shift"] /= (every["square"][-1] - every["mean"][-1].square()).clamp(min=TINY).sqrt()
+    if not all(bool(table[[*left, count]].isfinite().all()) for table in every.values()):
+        raise UserError("a prediction without one of the blocks is not finite: the weights are damaged or overflow")
+    skipped = {key: table[:-1] for key, table in every.items()}
+    for table in skipped.values():
+        table[list(gone)] = torch.nan
+    passes = samples * (1 + sum(count - 1 - index for index in left) / count + (3 if gradients else 0))
+    return BlockScores(
+        paths=tuple(block.paths[0] for block in stack.blocks),
+        log_sigma=log_sigma.double().cpu(),
+        dimensions=target[0].numel(),
+        full={key: every[key][-1] for key in ("mean", "square", "loss", "x0_error")},
+        skipped=skipped,
+        fixed={"magnitude": _magnitude(stack)} | ({"taylor": taylor.scores()} if taylor else {}),
+        gate_pivot=gate_pivot,
+        origin=(origin or {}) | {"samples": samples, "passes": round(passes), "seconds": time.perf_counter() - start},
+    )
+
+
+class _Tally:
+    """Sums over the draws of each noise level, a row for each block and the last for the full model; on the device."""
+
+    def __init__(self, rows: int, levels: int, prediction: Tensor) -> None:
+        zeros = prediction.new_zeros(rows, levels, dtype=torch.float64)
+        self.sums = {key: zeros.clone() for key in KEYS}
+        self.bi, self.shift = zeros.clone(), zeros.clone()
+        self.samples = zeros[0].clone()
+        self.level = -1
+        self.rows, self.shape = rows, prediction[0].numel()
+
+    def add(self, row: int, level: int, prediction: Tensor, target: Tensor, full: Tensor) -> None:
+        """Add a batch: a prediction, its target and the full model's prediction [n, ...]."""
+        if level != self.level:
+            self._finish_level()
+            self.level, self.drift = level, prediction.new_zeros(self.rows, self.shape, dtype=torch.float64)
+        prediction, target, full = (part.flatten(1).double() for part in (prediction, target, full))
+        ratio = 0.5 * (prediction.var(1).clamp(min=TINY) / full.var(1).clamp(min=TINY)).log()
+        distance, error = (prediction - full).square(), (prediction - target).square()
+        moments = (prediction.mean(1), prediction.square().mean(1), error.mean(1), distance.mean(1), ratio, ratio.abs())
+        for key, values in zip(KEYS, moments, strict=True):
+            self.sums[key][row, level] += values.sum()
+        self.drift[row] += (prediction - full).sum(0)
+        if row == self.rows - 1:
+            self.samples[level] += len(prediction)
+
+    def _finish_level(self) -> None:
+        """The mean of each element can be compared only when all draws of a level are in."""
+        if self.level >= 0:
+            self.shift[:, self.level] = (self.drift / self.samples[self.level]).square().mean(1).sqrt()
+
+    def tables(self) -> dict[str, Tensor]:
+        """Means over samples [rows, L] on the CPU; `mean_shift` is the root mean square over elements."""
+        self._finish_level()
+        means = {key: total / self.samples for key, total in (self.sums | {"bi": self.bi}).items()}
+        return {key: table.cpu() for key, table in (means | {"mean_shift": self.shift}).items()}
+
+
+class _Taylor:
+    """First-order estimate of what a block's weights matter to the loss, from gradients summed over all draws."""
+
+    def __init__(self, stack: BlockStack) -> None:
+        self.weights = [[p for m in stack.modules(i) for p in m.parameters()] for i in range(len(stack))]
+        self.sums = [[torch.zeros_like(p) for p in block] for block in self.weights]
+
+    def add(self, draw: Draw) -> None:
+        flat = [p for block in self.weights for p in block]
+        with torch.enable_grad(), _trainable(flat):
+            prediction, target = draw.call()
+            loss = (prediction.float() - target.float()).square().flatten(1).mean(1).sum()
+            gradients = torch.autograd.grad(loss, flat, allow_unused=True)
+        for total, gradient in zip((s for block in self.sums for s in block), gradients, strict=True):
+            if gradient is not None:  # None: a block that counts as removed
+                total += gradient
+
+    def scores(self) -> Tensor:
+        """Sum of |weight * gradient| over each block [B]."""
+        pairs = [zip(*block, strict=True) for block in zip(self.weights, self.sums, strict=True)]
+        return torch.tensor([sum(float((w * g).abs().sum()) for w, g in block) for block in pairs], dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within, gradients flow to these, frozen or not."""
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.requires_grad_(flag)
+
+
+def _magnitude(stack: BlockStack) -> Tensor:
+    """Mean |weight| of each block [B]."""
+    found = []
+    for index in range(len(stack)):
+        weights = [p.detach() for module in stack.modules(index) for p in module.parameters()]
+        found.append(sum(float(w.abs().sum()) for w in weights) / sum(w.numel() for w in weights))
+    return torch.tensor(found, dtype=torch.float64)
