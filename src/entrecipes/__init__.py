@@ -14,6 +14,7 @@ _LAZY = {
     "InfoNoiseScheduler": "entrecipes.noise.scheduler",
     "SequenceTransformer1DModel": "entrecipes.models.sequence",
     "SequencePipeline": "entrecipes.models.sequence",
+    "score_blocks": "entrecipes.evaluation.scoring",
 }
 
 

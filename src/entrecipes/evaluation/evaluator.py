@@ -66,7 +66,7 @@ class Evaluator:
         images = self._x0(real, 2)
         try:
             type(self.components.scheduler).from_config(self.components.scheduler.config).set_timesteps(section.steps)
-            with _evaluating(model), torch.no_grad():
+            with evaluating(model), torch.no_grad():
                 denoiser = Denoiser(model, family, self.components.path)
                 level = torch.zeros(len(images[0]), device=self.device)
                 prediction, target = denoiser(images[0], torch.zeros_like(images[0]), level, images[1])
@@ -96,7 +96,7 @@ class Evaluator:
         for split, images in self.splits.items():
             if split not in self._bundles:
                 self._bundles[split] = self._bundle(images)
-            with _evaluating(model):
+            with evaluating(model):
                 bundle = self._bundles[split]
                 results[split] = bundle.measure(denoiser.x0_error, self.section.batch_size, self.shard)
             results[split].to_metric()  # refuses what is not finite
@@ -132,7 +132,7 @@ class Evaluator:
         if labels is None and num_classes:
             labels = balanced_labels(count, num_classes)
         pipeline = self.components.pipeline(model).to(self.device)
-        with _evaluating(model):
+        with evaluating(model):
             return generate(
                 pipeline,
                 self.components.family,
@@ -218,7 +218,7 @@ def draw(images: ImageSet, count: int, seed: int) -> tuple[Tensor, list[int]]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: ModelMixin) -> Iterator[None]:
+def evaluating(model: ModelMixin) -> Iterator[None]:
     """Dropout and the like off; afterwards the model is as before."""
     training = model.training
     model.eval()

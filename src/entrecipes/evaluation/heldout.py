@@ -8,7 +8,7 @@ noise levels, where sigma^-2 multiplies the network's own error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from entrecipes.diffusion.path import GaussianPath
     from entrecipes.evaluation.generation import Shard
 
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""x0 [n, ...], noise [n, ...], log_sigma [n], labels [n] or None: what a denoiser is called with."""
 X0Error = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x0 [n, ...], noise [n, ...], log_sigma [n], labels [n] or None) -> squared x0 error, mean over dimensions [n]."""
+"""The same -> squared x0 error, mean over dimensions [n]."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,20 @@ class HeldOutBundle:
         generator = torch.Generator().manual_seed(self.section.seed * 100_003 + level)
         return torch.randn(self.x0.shape, generator=generator).to(self.x0)
 
+    def batches(self, batch_size: int, images: Tensor | None = None) -> Iterator[tuple[int, Batch]]:
+        """Every pair of image and noise level in mini-batches, level after level: the level's index, and the batch.
+
+        Args:
+            batch_size: Pairs in a batch, at most.
+            images: Indices of the images [n]; None: all.
+        """
+        images = torch.arange(len(self.x0), device=self.x0.device) if images is None else images
+        for level, log_sigma in enumerate(self.log_sigma.tolist()):
+            noise = self.noise(level)
+            for batch in images.chunk(math.ceil(len(images) / batch_size)):
+                levels = torch.full((len(batch),), log_sigma, device=self.x0.device, dtype=torch.float32)
+                yield level, (self.x0[batch], noise[batch], levels, None if self.labels is None else self.labels[batch])
+
     @torch.inference_mode()
     def measure(self, x0_error: X0Error, batch_size: int = 250, shard: Shard | None = None) -> HeldOutResult:
         """Measure a denoiser, in eval mode, on every pair of image and noise level.
@@ -134,19 +150,12 @@ class HeldOutBundle:
         share = math.ceil(total / world_size)
         # All shares are equally long, as gathering wants it: the last ones repeat the last image, cut off again below.
         mine = torch.arange(rank * share, (rank + 1) * share, device=self.x0.device).clamp(max=total - 1)
-        batches = mine.chunk(math.ceil(share / batch_size))
-        errors = []
-        for level, log_sigma in enumerate(self.log_sigma.tolist()):
-            noise = self.noise(level)
-            errors.append(torch.cat([self._batch(x0_error, noise, log_sigma, batch) for batch in batches]))
-        stacked = torch.stack(errors, dim=1)
+        errors: list[list[Tensor]] = [[] for _ in self.log_sigma]
+        for level, batch in self.batches(batch_size, mine):
+            errors[level].append(x0_error(*batch).float())
+        stacked = torch.stack([torch.cat(parts) for parts in errors], dim=1)
         gathered = shard.gather(stacked) if shard else stacked
         return self._result(gathered[:total].cpu().double() * self.x0[0].numel())
-
-    def _batch(self, x0_error: X0Error, noise: Tensor, log_sigma: float, images: Tensor) -> Tensor:
-        levels = torch.full((len(images),), log_sigma, device=self.x0.device, dtype=torch.float32)
-        labels = None if self.labels is None else self.labels[images]
-        return x0_error(self.x0[images], noise[images], levels, labels).float()
 
     def _result(self, errors: Tensor) -> HeldOutResult:
         """From the errors of all pairs [N, L], summed over dimensions."""

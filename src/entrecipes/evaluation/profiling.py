@@ -90,7 +90,7 @@ def measure_profile(
         raise UserError(f"data: all numbers of the {len(x0)} images are the same: there is no information to measure")
     denoiser = Denoiser(components.model.to(device).eval(), components.family, components.path)
     bundle = HeldOutBundle(section, x0, labels, components.path)
-    expect(_seconds_of_one_batch(denoiser, bundle, batch_size) * len(bundle.log_sigma) * len(x0) / batch_size)
+    expect(seconds_of_one_batch(denoiser, bundle, batch_size) * len(bundle.log_sigma) * len(x0) / batch_size)
     start = time.perf_counter()
     found = bundle.measure(denoiser.x0_error, batch_size)  # gives its result on the CPU, hence waits for the device
     seconds = time.perf_counter() - start
@@ -109,8 +109,17 @@ def measure_profile(
     )
 
 
-def _seconds_of_one_batch(denoiser: Denoiser, bundle: HeldOutBundle, batch_size: int) -> float:
-    """Try the model on the first images, and time it; whatever it raises is said in words."""
+def seconds_of_one_batch(denoiser: Denoiser, bundle: HeldOutBundle, batch_size: int) -> float:
+    """Try the model on the first images, and time it; whatever it raises is said in words.
+
+    Args:
+        denoiser: With the model in eval mode, on the device of the bundle.
+        bundle: What it is tried on.
+        batch_size: Images at a time; with fewer in the bundle the time is that of so many all the same.
+
+    Raises:
+        UserError: Naming what the model fails on.
+    """
     x0: Tensor = bundle.x0[:batch_size]
     labels = None if bundle.labels is None else bundle.labels[:batch_size]
     level = torch.full((len(x0),), bundle.log_sigma.mean().item(), device=x0.device)

@@ -1,0 +1,228 @@
+"""Block scores of a model on fixed draws: training images, each with one noise per noise level."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from entrecipes.blocks.measuring import Draw, measure_blocks
+from entrecipes.blocks.scores import BlockScores
+from entrecipes.blocks.stack import BlockStack
+from entrecipes.data.images import ImageSet, fingerprint
+from entrecipes.diffusion.denoiser import Denoiser
+from entrecipes.diffusion.families import Family, family_of_pipeline
+from entrecipes.diffusion.path import GaussianPath
+from entrecipes.errors import UserError
+from entrecipes.evaluation.evaluator import draw, evaluating
+from entrecipes.evaluation.heldout import HeldOutBundle
+from entrecipes.evaluation.profiling import seconds_of_one_batch
+from entrecipes.recipe.prune import Draws
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from entrecipes.data.opening import OpenedData
+    from entrecipes.diffusion.pipelines import Components
+    from entrecipes.noise.base import NoiseSampler
+
+SAMPLED = 4096
+"""Noise levels drawn to learn where a sampler draws."""
+
+
+class Scoring:
+    """Draws that are made once; any model of the family can be scored on them, as often as one likes.
+
+    Args:
+        section: Number of levels, gate and seed (`images` is the caller's to cut).
+        family: How the model is called.
+        path: Its noise path; gives the range of the levels, which are even in log sigma.
+        x0: Clean images or latents, float [n, ...], on the device where the model will be.
+        labels: Class labels [n], or None.
+        batch_size: Images at a time; the hidden states of all blocks are held for so many.
+        data: Name of the data, for the origin.
+        data_fingerprint: What tells this x0 from any other.
+        model: Name of the model, for the origin; None: that of its class.
+    """
+
+    def __init__(
+        self,
+        section: Draws,
+        family: Family,
+        path: GaussianPath,
+        x0: Tensor,
+        labels: Tensor | None,
+        *,
+        batch_size: int = 64,
+        data: str,
+        data_fingerprint: str,
+        model: str | None = None,
+    ) -> None:
+        self.section, self.family, self.path, self.batch_size = section, family, path, batch_size
+        self.bundle = HeldOutBundle(section, x0, labels, path)
+        self.data, self.data_fingerprint, self.model = data, data_fingerprint, model
+
+    @classmethod
+    def on_training_images(
+        cls,
+        section: Draws,
+        components: Components,
+        data: OpenedData,
+        device: torch.device,
+        batch_size: int = 64,
+        model: str | None = None,
+    ) -> Scoring:
+        """Draw training images by the section's seed.
+
+        Raises:
+            UserError: For a stream, which can't be asked for chosen images, or when too many are unreadable.
+        """
+        images = data.train
+        if not isinstance(images, ImageSet):
+            raise UserError(
+                "data: blocks can't be scored on a stream, which can't be asked for chosen images; set data.streaming: "
+                "false, or take one of its shards as data"
+            )
+        drawn, indices = draw(images, section.images, section.seed)
+        return cls(
+            section,
+            components.family,
+            components.path,
+            data.space.encode(drawn.to(device)),
+            images.labels[indices].to(device) if images.labels is not None else None,
+            batch_size=batch_size,
+            data=data.images.train.name,
+            data_fingerprint=f"{images.fingerprint}-{section.seed}-{len(drawn)}",
+            model=model,
+        )
+
+    def measure(self, model: ModelMixin, gone: Collection[int] = (), gradients: bool = True) -> BlockScores:
+        """Score every block, in eval mode; the model is left as it was.
+
+        Args:
+            model: Of the family, on the device of x0: the raw weights, no distributed wrapper.
+            gone: Blocks that count as removed already.
+            gradients: Also measure the Taylor score (one more forward and backward pass).
+
+        Raises:
+            UserError: For a model without a stack of blocks, or one that predicts what is not finite.
+        """
+        stack = BlockStack(model)
+        origin = {
+            "model": self.model or type(model).__name__,
+            "model_fingerprint": model_fingerprint(model),
+            "data": self.data,
+            "data_fingerprint": self.data_fingerprint,
+            "images": len(self.bundle.x0),
+            "noise_levels": len(self.bundle.log_sigma),
+            "seed": self.section.seed,
+            "device": str(self.bundle.x0.device),
+            "gone": sorted(gone),
+        }
+        with evaluating(model):
+            return measure_blocks(
+                stack,
+                self._draws(Denoiser(model, self.family, self.path)),
+                log_sigma=self.bundle.log_sigma,
+                x0_error_scale=self.path.x0_error_scale(self.bundle.log_sigma),
+                gate_pivot=self.section.gate_pivot,
+                gone=gone,
+                gradients=gradients,
+                origin=origin,
+            )
+
+    def _draws(self, denoiser: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Draw]:
+        for level, batch in self.bundle.batches(self.batch_size):
+            yield Draw(level, partial(denoiser, *batch))
+
+    @torch.no_grad()
+    def try_out(self, model: ModelMixin, gradients: bool = True) -> float:
+        """Try the model on the first images, and estimate how many seconds `measure` takes.
+
+        Raises:
+            UserError: When it fails on them.
+        """
+        blocks, levels = len(BlockStack(model)), len(self.bundle.log_sigma)
+        with evaluating(model):
+            seconds = seconds_of_one_batch(Denoiser(model, self.family, self.path), self.bundle, self.batch_size)
+        passes = 1 + (blocks - 1) / 2 + (3 if gradients else 0)
+        return seconds / self.batch_size * len(self.bundle.x0) * levels * passes
+
+    def weights(self, sampler: NoiseSampler) -> Tensor:
+        """Share of a sampler's draws, times the factors of their losses, that is nearest to each level [L], float64.
+
+        Drawn with a generator of its own, so that no random state changes.
+        """
+        generator = torch.Generator(self.bundle.x0.device).manual_seed(self.section.seed)
+        log_sigma, factor = (values.double().cpu() for values in sampler.sample(SAMPLED, generator))
+        levels = self.bundle.log_sigma
+        nearest = torch.bucketize(log_sigma, (levels[1:] + levels[:-1]) / 2)
+        shares = torch.bincount(nearest, weights=factor, minlength=len(levels))
+        return shares / shares.sum()
+
+
+def model_fingerprint(model: ModelMixin) -> str:
+    """Hash of a model's class, config and weights; the same after saving and loading."""
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    config = json.dumps(config, sort_keys=True, default=str)  # which writes tuples as the lists that loading makes
+    state = model.state_dict()
+    return fingerprint(type(model).__name__, config, *(part for name in sorted(state) for part in (name, state[name])))
+
+
+def score_blocks(
+    pipeline: DiffusionPipeline,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    noise_levels: int = 16,
+    gate_pivot: float | None = 0.2,
+    seed: int = 0,
+    batch_size: int = 64,
+    gradients: bool = True,
+) -> BlockScores:
+    """Score the blocks of a pipeline's denoiser, for a training loop of one's own.
+
+    The model stays where it is and as it is. For one that is called with more than labels (a text-conditional one)
+    make the draws yourself: `measure_blocks(BlockStack(model), draws, ...)`.
+
+    Args:
+        pipeline: A diffusers pipeline of a supported family, such as DiTPipeline.
+        images: x0 as the model sees it, float [n, ...]: images in [-1, 1], or latents already scaled; about 64.
+        labels: Class labels int64 [n], for a class-conditional model.
+        noise_levels: Levels, even in log sigma over the scheduler's range; every image is used at each.
+        gate_pivot: Sigma at which the information's gate is one half, in units of x0; None: no gate.
+        seed: Seed of the noise.
+        batch_size: Images at a time.
+        gradients: Also measure the Taylor score.
+
+    Raises:
+        UserError: For a pipeline without a supported model, inputs that do not fit it, or a model that fails on them.
+    """
+    family = family_of_pipeline(pipeline)
+    model = getattr(pipeline, family.component)
+    if not images.is_floating_point() or len(images) < 2:
+        raise UserError(
+            f"images: {images.dtype} {list(images.shape)}; give at least two as float [n, ...], in [-1, 1] or, with a "
+            "VAE, as latents already scaled"
+        )
+    if (family.num_classes(model) is None) != (labels is None) or (labels is not None and len(labels) != len(images)):
+        wants = "takes no labels" if family.num_classes(model) is None else "is class-conditional"
+        raise UserError(f"labels: the model {wants}; give {'None' if 'no' in wants else 'one label for each image'}")
+    x0 = images.to(model.device, model.dtype)
+    section = Draws(images=len(images), noise_levels=noise_levels, gate_pivot=gate_pivot, seed=seed)
+    scoring = Scoring(
+        section,
+        family,
+        GaussianPath.from_scheduler(getattr(pipeline.scheduler, "base", pipeline.scheduler)),
+        x0,
+        None if labels is None else labels.to(model.device),
+        batch_size=batch_size,
+        data="given images",
+        data_fingerprint=fingerprint(images, labels, seed),
+    )
+    scoring.try_out(model)
+    return scoring.measure(model, gradients=gradients)
