@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrecipes.errors import UserError
-from entrecipes.recipe.load import compose, load
+from entrecipes.cli import subject
 from entrecipes.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -21,17 +20,11 @@ if TYPE_CHECKING:
 HELP = "measure where a pipeline's information lies, and which noise schedule follows from it"
 STEPS = (10, 20, 50)
 """Numbers of sampling steps for which a grid is given."""
-DATA = "'{type: folder, path: pictures}'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
-    parser.add_argument("--recipe", metavar="NAME", help="recipe with the data, the noise schedule and the weighting")
-    parser.add_argument("--data", metavar="YAML", help=f"a recipe's data section, such as {DATA}")
-    parser.add_argument(
-        "--noise", metavar="YAML", help="a recipe's noise section: the schedule that the pipeline was trained with"
-    )
+    subject.add_arguments(parser)
     parser.add_argument("--weighting", metavar="NAME", help="objective.weighting that it was trained with, such as edm")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="images to measure on (%(default)s)")
     parser.add_argument(
@@ -45,54 +38,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
-    for option, least in (("images", 2), ("levels", 8), ("batch_size", 1)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: at least {least}")
-    recipe, assumed = _recipe(args)
-
-    import torch
+    subject.check_least(args, images=2, levels=8, batch_size=1)
+    changes = {"data": args.data, "noise": args.noise, "objective.weighting": args.weighting}
+    whole = ["data.held_out=0", f"data.max_images={args.images}"]  # nothing of it is known to be held out
+    recipe, assumed = subject.find_recipe(args, changes, whole)
 
     from entrecipes.data.opening import open_data
-    from entrecipes.diffusion.pipelines import best_device, load_components
+    from entrecipes.diffusion.pipelines import best_device
     from entrecipes.evaluation.profiling import measure_profile
     from entrecipes.recipe.evaluation import HeldOut
-    from entrecipes.recipe.pipeline import Pipeline
 
-    if recipe.training.cpu_threads:
-        torch.set_num_threads(recipe.training.cpu_threads)
     device = best_device()
-    components = load_components(Pipeline(pretrained=args.pipeline), to_sample=False)
+    components = subject.load_subject(args, recipe)
     data = open_data(recipe.data, components, device)
     section = HeldOut(images=args.images, noise_levels=args.levels)
-    measured = measure_profile(components, data, device, section, args.batch_size, _expect)
+    measured = measure_profile(components, data, device, section, args.batch_size, subject.expect)
     diagnosis, scheduler = _diagnose(args, recipe, assumed, components, measured)
-    written = _write(diagnosis, scheduler, args.output or _output(args.pipeline))
+    written = _write(diagnosis, scheduler, subject.output_folder(args, "diagnosis", "diagnose"))
     parts = [_measured(measured, components), diagnosis.to_text(), diagnosis.sampling_text(), diagnosis.noise_yaml()]
     print("\n\n".join(parts))
     for path in written:
         print(f"  {path}")
     return 0
-
-
-def _recipe(args: argparse.Namespace) -> tuple[Recipe, list[str]]:
-    """What to measure on and to hold the profile against, and which of it is assumed."""
-    changes = {"data": args.data, "noise": args.noise, "objective.weighting": args.weighting}
-    overrides = [f"{key}={text}" for key, text in changes.items() if text is not None]
-    own = Path(args.pipeline) / "recipe.yaml"
-    if args.recipe or own.exists():
-        return load(args.recipe or str(own), overrides).recipe, []
-    if args.data is None:
-        raise UserError(
-            f"{args.pipeline}: no recipe.yaml in it; say which data to measure on: --data {DATA}, or --recipe"
-        )
-    needed = ["description=diagnosis", "training.images=1", f"pipeline.pretrained={json.dumps(args.pipeline)}"]
-    whole = ["data.held_out=0", f"data.max_images={args.images}"]  # nothing of it is known to be held out
-    return compose([*needed, *whole, *overrides]), [key for key, text in changes.items() if text is None]
-
-
-def _expect(seconds: float) -> None:
-    if seconds > 10:
-        print(f"measuring: about {seconds:,.0f} s", flush=True)
 
 
 def _diagnose(
@@ -103,16 +70,13 @@ def _diagnose(
     from entrecipes.noise.base import RunFacts
     from entrecipes.noise.recommendation import draws_of, recommend, sampling_scheduler, sampling_steps
     from entrecipes.report.diagnosis import Diagnosis
-    from entrecipes.report.run_folder import RunFolder
 
     path = components.path
     weight = Objective(recipe.objective, path).weight
     known = {name: getattr(measured, name) for name in ("data_std", "distinct_values", "spacing")}
     facts = RunFacts(**known, weight=weight)
     recommended = recommend(measured.profile, path, facts)
-    learned_here = args.recipe is None and args.noise is None and Path(args.pipeline).is_dir()
-    rows = RunFolder(args.pipeline).metrics("noise") if learned_here else []
-    draws, note = draws_of(recipe.noise, path, rows, recommended)
+    draws, note = draws_of(recipe.noise, path, subject.learned_rows(args), recommended)
     if "noise" in assumed:
         note = "assumed: say --noise if it was trained otherwise"
     stock = components.scheduler
@@ -154,15 +118,6 @@ def _measured(measured: MeasuredProfile, components: Components) -> str:
         f"{measured.images} {what} of {measured.data}, each at {levels} noise levels: {measured.passes:,} passes in "
         f"{measured.seconds:.1f} s ({measured.passes / measured.seconds:,.0f}/s)"
     )
-
-
-def _output(pipeline: str) -> Path:
-    """Inside a run folder; for other pipelines a folder of their name."""
-    folder = Path(pipeline)
-    folder = folder.parent if folder.name == "pipeline" else folder
-    if (folder / "recipe.yaml").exists():
-        return folder / "diagnosis"
-    return Path("outputs/diagnose") / folder.resolve().name
 
 
 def _write(diagnosis: Diagnosis, scheduler: InfoNoiseScheduler, folder: Path) -> list[Path]:
