@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError, nearest
 from entrecipes.information.nats import gate, integrate_nats
 
@@ -133,13 +135,19 @@ class BlockScores:
         against = self.score(other, weights)
         return {name: spearman(self.score(name, weights), against) for name in self.names}
 
-    def warnings(self, name: str, count: int, weights: Tensor | None = None) -> list[str]:
+    def lowest(self, name: str, count: int, weights: Tensor | None = None, kept: Collection[int] = ()) -> list[int]:
+        """The `count` blocks that rank lowest by a score, the lowest first, without those that are `kept` or gone."""
+        values = self.score(name, weights).tolist()
+        free = [index for index, value in enumerate(values) if index not in kept and not math.isnan(value)]
+        return sorted(free, key=values.__getitem__)[:count]
+
+    def warnings(self, name: str, count: int, weights: Tensor | None = None, kept: Collection[int] = ()) -> list[str]:
         """What speaks against removing the `count` blocks that rank lowest by a score: they matter to the loss."""
         rise = self.score("loss_rise", weights)
-        important = set(rise.argsort(descending=True)[: len(rise) // 3].tolist())
+        important = self.lowest("loss_rise", len(rise), weights)[-(len(rise) // 3) :]
         return [
             f"{name} would remove block {index}, whose loss rise ({rise[index]:.3g}) is among the highest third"
-            for index in self.score(name, weights).argsort()[:count].tolist()
+            for index in self.lowest(name, count, weights, kept)
             if index in important
         ]
 
@@ -201,8 +209,18 @@ def _variance(moments: dict[str, Tensor], weights: Tensor | None = None) -> Tens
     return (square - mean.square()).clamp(min=1e-12)
 
 
+def model_fingerprint(model: ModelMixin) -> str:
+    """Hash of a model's class, config and weights; the same after saving and loading."""
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    config = json.dumps(config, sort_keys=True, default=str)  # which writes tuples as the lists that loading makes
+    state = model.state_dict()
+    return fingerprint(type(model).__name__, config, *(part for name in sorted(state) for part in (name, state[name])))
+
+
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two scores [B]; NaN where one of them is constant."""
+    """Spearman's rank correlation of two scores [B], blocks without one left out; NaN where one of them is constant."""
+    measured = ~(first.isnan() | second.isnan())
+    first, second = first[measured], second[measured]
     if len(first) < 2 or bool((first == first[0]).all()) or bool((second == second[0]).all()):
         return math.nan
     return float(spearmanr(first, second).statistic)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from entrecipes.recipe.base import Count, Section, register, union
 from entrecipes.recipe.evaluation import HeldOut
 
-PRUNER = "entrecipes.blocks.entpruner"
+PRUNING, ENTPRUNER = "entrecipes.blocks.pruning", "entrecipes.blocks.entpruner"
 PAPER = "EntPruner (arXiv 2511.21377)"
 
 ScoreName = Literal[
@@ -50,7 +50,7 @@ class Distillation(Section):
     """Run folder, pipeline folder or Hub id of the dense model; null: the model as it is when the first block goes."""
 
 
-@register("prune", implementation=f"{PRUNER}:NoPruning")
+@register("prune", implementation=f"{PRUNING}:NoPruning")
 class NoPruningSection(Section):
     """Keep every block."""
 
@@ -66,7 +66,7 @@ class PruneKeys(Section):
     """Learn from the dense model (TinyFusion: the largest gain at 50 %)."""
 
 
-@register("prune", implementation=f"{PRUNER}:WrittenPruning")
+@register("prune", implementation=f"{PRUNING}:WrittenPruning")
 class WrittenPruningSection(PruneKeys):
     """Remove the blocks that the recipe names, before the first step."""
 
@@ -102,7 +102,7 @@ class RankedKeys(PruneKeys):
         return self
 
 
-@register("prune", implementation=f"{PRUNER}:StagedPruning")
+@register("prune", implementation=f"{ENTPRUNER}:StagedPruning")
 class OneShotSection(RankedKeys):
     """Remove all at once."""
 
@@ -122,7 +122,7 @@ class StagedKeys(RankedKeys):
     """Measure the score again after every removed block, before every stage, or only once."""
 
 
-@register("prune", implementation=f"{PRUNER}:StagedPruning")
+@register("prune", implementation=f"{ENTPRUNER}:StagedPruning")
 class LinearPruningSection(StagedKeys):
     """Remove the same number of blocks at every stage."""
 
@@ -148,7 +148,7 @@ class Vote(Section):
     """Images in each of them."""
 
 
-@register("prune", implementation=f"{PRUNER}:StagedPruning", paper=PAPER)
+@register("prune", implementation=f"{ENTPRUNER}:StagedPruning", paper=PAPER)
 class EntPrunerSection(StagedKeys):
     """Remove blocks in stages; a vote of cost and zero-shot proxies decides how many each time, none included."""
 

@@ -10,6 +10,7 @@ from entrecipes.recipe.data import DataSection, WindowData
 from entrecipes.recipe.evaluation import Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
+from entrecipes.recipe.prune import NoPruningSection, PruneSection
 from entrecipes.recipe.training import AdamWOptimizer, OptimizerSection, Training
 
 
@@ -30,6 +31,8 @@ class Recipe(Section):
     """Which noise levels are trained."""
     blocks: BlocksSection = AllBlocksSection()
     """Which weights are trained, and from when."""
+    prune: PruneSection = NoPruningSection()
+    """Which blocks are removed, and when."""
     optimizer: OptimizerSection = AdamWOptimizer()
     """How the weights move."""
     training: Training

@@ -39,13 +39,15 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
     level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype)
     noise = random.normal(*x0.shape[1:])
 
-    set_learning_rate(run.optimizer, learning_rate(run.recipe.optimizer, run.images, training.images))
+    rate = learning_rate(run.recipe.optimizer, run.images, training.images) * run.pruner.rate(run.images)
+    set_learning_rate(run.optimizer, rate)
     losses, x0_errors = [], []
     for rows, synchronise in run.micro_batches():
         with synchronise():
             label = labels if labels is None else labels[rows]
             prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], label)
             loss, x0_error = run.objective(prediction, target, level[rows])
+            loss = loss + run.pruner.distillation(prediction, x0[rows], noise[rows], level[rows], label)
             run.accelerator.backward((loss * weight[rows]).sum() / len(x0))
         losses.append(loss.detach())
         x0_errors.append(x0_error)

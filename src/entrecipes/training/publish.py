@@ -35,6 +35,7 @@ def publish(run: Run, name: str) -> None:
     if run.accelerator.is_main_process:
         save_pipeline(run, run.folder / "pipeline")
         run.noise.publish(run.folder, run.components.scheduler)
+        run.pruner.publish(run.folder)
         for path in run.grid_path.parent.glob(f"{run.grid_path.stem}.*"):
             shutil.copyfile(path, path.with_stem("final"))
         (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
@@ -50,6 +51,7 @@ def save_pipeline(run: Run, target: Path) -> None:
     try:
         run.components.pipeline(run.eval_model).save_pretrained(partial)
         run.noise.publish(partial, run.components.scheduler)
+        run.pruner.publish(partial)
     except SafetensorError as error:  # a full disk, told by the library in its own way
         raise UserError(f"{partial}: {error}; the checkpoints are whole: free some space and run again") from error
     shutil.rmtree(target, ignore_errors=True)

@@ -17,7 +17,17 @@ from entrecipes.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = ("pipeline.", "data.", "objective.", "noise.", "blocks.", "optimizer.type", "training.seed", "training.ema")
+IDENTITY = (
+    "pipeline.",
+    "data.",
+    "objective.",
+    "noise.",
+    "blocks.",
+    "prune.",
+    "optimizer.type",
+    "training.seed",
+    "training.ema",
+)
 """Keys that make a run what it is: a change of any is another run."""
 
 
@@ -46,6 +56,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.optimizer.state_dict(),
         "noise": run.noise.state_dict(),
         "blocks": run.blocks.state_dict(),
+        "prune": run.pruner.state_dict(),
         "window": run.window.state_dict() | {"sums": run.accelerator.reduce(run.window.sums, "mean")},
         "run": {
             "images": run.images,
@@ -87,6 +98,8 @@ def resume(run: Run) -> Path | None:
 def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     run.images = state["run"]["images"]
     try:
+        if run.pruner.load_state_dict(state["prune"]):
+            run.wrap()
         run.model.load_state_dict(state["model"])
         if run.ema:
             run.ema.load_state_dict(state["ema"] or state["model"])

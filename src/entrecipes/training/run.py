@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import Tensor
 
+from entrecipes.blocks.pruning import Subject
 from entrecipes.blocks.schedule import guard_group_norms
 from entrecipes.data.loader import Batch, batches
 from entrecipes.data.opening import open_data
@@ -26,6 +27,7 @@ from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.heldout import HeldOutResult
+from entrecipes.evaluation.scoring import Scoring
 from entrecipes.information.values import value_statistics
 from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
@@ -104,6 +106,7 @@ class Run:
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check(self.eval_model)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
+        self.pruner = build("prune", recipe.prune, subject=self._subject())
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +147,19 @@ class Run:
         """What noise samplers may know, from a few hundred images."""
         known = value_statistics(self.evaluator.clean(FACTS_IMAGES))
         return RunFacts(**known, images=self.recipe.training.images, weight=self.objective.weight)
+
+    def _subject(self) -> Subject:
+        """What a pruner may know and touch."""
+        return Subject(
+            components=self.components,
+            copies=(self.ema.model,) if self.ema else (),
+            images=self.recipe.training.images,
+            seed=self.recipe.training.seed,
+            objective=self.objective,
+            noise=self.noise,
+            scoring=lambda draws: Scoring.on_training_images(draws, self.components, self.data, self.device),
+            agree=lambda value: broadcast_object_list([value])[0],
+        )
 
     def _prepare_model(self) -> None:
         training = self.recipe.training
@@ -234,12 +250,15 @@ class Run:
             self.log.write("noise", self.images, **row)
 
     def advance_blocks(self) -> None:
-        """Let the block schedule open, close or remove weights; rebuild what depends on them when it did."""
-        events = self.blocks.advance(self.images)
+        """Let blocks be removed, opened or closed; rebuild what depends on them when any was."""
+        removals = self.pruner.advance(self.images)
+        events = [row["what"] for row in removals] + self.blocks.advance(self.images)
         if events:
             self.wrap()
-            for event in events:
-                self.log.write("event", self.images, what=event)
+        for row in removals:
+            self.log.write("prune", **row)
+        for event in events:
+            self.log.write("event", self.images, what=event)
 
     # -- when due ---------------------------------------------------------------------------------------------------
 
@@ -291,6 +310,8 @@ class Run:
             return
         for event in self.events:
             self.log.write("event", 0, what=event)
+        self.window.clear()
+        self.advance_blocks()
         with self.window.paused():
             if self.recipe.evaluation.every:
                 self._log_nats(self.evaluator.nats(self.eval_model))

@@ -1,0 +1,214 @@
+"""Pruning by a score, at once or in stages: EntPruner and its baselines.
+
+EntPruner (arXiv 2511.21377) ranks blocks by the change of the output's entropy when each is dropped (CED, lowest
+first), and removes them in stages during transfer training; at each stage zero-shot proxies decide between candidate
+sub-networks, which differ in how many more of the lowest blocks they lack, none included. What the paper's public
+sources leave open is a recipe key: the candidates are no more blocks, one step more and two steps more (a step is
+target / stages), the last stage removes what is left to the target, and the vote is AutoProg-Zero's rank sum (cost 1,
+NTK 1/2, ZiCo 1/2), a tie going to the candidate that removes least.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from entrecipes.blocks.pruning import Pruning, Scoring, Subject
+from entrecipes.blocks.scores import BlockScores, model_fingerprint
+from entrecipes.diffusion.denoiser import Denoiser
+from entrecipes.errors import UserError
+from entrecipes.information.proxies import Candidate, Vote, ntk_condition, vote, zico
+from entrecipes.recipe.prune import EntPrunerSection, RankedKeys, StagedKeys
+
+
+class StagedPruning(Pruning):
+    """Removes the lowest-ranked blocks: all at once, evenly in stages, or as the vote says.
+
+    Raises:
+        UserError: When the ratio asks for more blocks than may go, or given scores belong to another model or data.
+    """
+
+    def __init__(self, section: RankedKeys, subject: Subject) -> None:
+        super().__init__(section, subject)
+        count = len(self.dense)
+        self.target = max(1, round(section.ratio * count))
+        self.protected = {block.index: block.pinned for block in self.dense if block.pinned}
+        for index in section.keep:
+            if not -count <= index < count:
+                raise UserError(f"prune.keep: there is no block {index}: the model has blocks 0 to {count - 1}")
+            self.protected.setdefault(index % count, "prune.keep")
+        self._check_target()
+        staged = isinstance(section, StagedKeys)
+        stages = section.stages if staged else 1
+        self.due = [section.until * k / stages for k in range(1, stages + 1)] if staged else [section.at]
+        self.values: dict[int, float] = {}
+        """The score of each block when it was last measured."""
+
+    def _check_target(self) -> None:
+        free = [block.index for block in self.dense if block.index not in self.protected]
+        size, most = self.section.cap or (len(self.dense), len(self.dense))
+        may_go = sum(min(most, n) for n in Counter(index // size for index in free).values())
+        if self.target > may_go:
+            reasons = "; ".join(f"block {index}: {why}" for index, why in sorted(self.protected.items()))
+            cap = f", and prune.cap lets {most} of {size} neighbours go" if self.section.cap else ""
+            raise UserError(
+                f"prune.ratio: {self.section.ratio:g} would remove {self.target} of {len(self.dense)} blocks, but only "
+                f"{may_go} may go ({reasons}{cap})"
+            )
+
+    # -- when and how many ------------------------------------------------------------------------------------------
+
+    def choose(self, images: int) -> list[dict[str, Any]]:
+        due = sum(images >= share * self.subject.images for share in self.due)
+        met = len(self.dense) - len(self.kept) == self.target
+        return [self._stage()] if due > len(self.stages) and not met else []
+
+    def _stage(self) -> dict[str, Any]:
+        """Rank, and let the candidates stand; the first process's finding counts for all."""
+        start, stage = time.perf_counter(), len(self.stages) + 1
+        numbers = self._numbers(stage)
+        order = self._order(max(numbers))
+        scores = {str(index): value for index, value in sorted(self.values.items())}
+        record: dict[str, Any] = {"stage": stage, "score": self.section.score, "scores": scores}
+        found = order[: numbers[0]]
+        if len(numbers) > 1:
+            candidates = [order[:number] for number in numbers]
+            ballot = self._vote(candidates)
+            record["vote"] = {"remove": candidates, **ballot.to_row()}
+            found = candidates[ballot.winner]
+        record |= {"remove": found, "seconds": time.perf_counter() - start}
+        return self.subject.agree(record)
+
+    def _numbers(self, stage: int) -> list[int]:
+        """How many blocks each candidate of a stage removes, the fewest first."""
+        gone, stages = len(self.dense) - len(self.kept), len(self.due)
+        left = self.target - gone
+        if stage == stages:
+            return [left]
+        if not isinstance(self.section, EntPrunerSection):
+            return [round(self.target * stage / stages) - gone]
+        step = max(1, round(self.target / stages))
+        return sorted({min(number, left) for number in (0, step, 2 * step)})
+
+    # -- which ------------------------------------------------------------------------------------------------------
+
+    def _order(self, number: int) -> list[int]:
+        """The blocks to remove, the first to go first."""
+        order: list[int] = []
+        again = getattr(self.section, "rerank", "stage")
+        for n in range(number):
+            if again == "block" or (n == 0 and (again == "stage" or not self.values)):
+                self.values = self._rank(order)
+            order.append(min(self._free(order), key=self.values.__getitem__))
+        return order
+
+    def _free(self, going: list[int]) -> list[int]:
+        """Blocks that may go next, in their order."""
+        size, most = self.section.cap or (len(self.dense), len(self.dense))
+        gone = [block.index for block in self.dense if block.index not in self.kept or block.index in going]
+        groups = Counter(index // size for index in gone)
+        return [
+            index
+            for index in self.kept
+            if index not in self.protected and index not in going and groups[index // size] < most
+        ]
+
+    def _rank(self, going: list[int]) -> dict[int, float]:
+        """The score of every block of the dense model that is left; the lowest go first."""
+        section, count = self.section, len(self.dense)
+        if section.score == "random":
+            places = torch.randperm(count, generator=torch.Generator().manual_seed(self.subject.seed)).tolist()
+            return {index: float(places[index]) for index in self.kept}
+        if section.score == "spread":
+            return _spread(count, self.target)
+        if section.scores and not self.stages and not going:
+            scores = self._given()
+        else:
+            gone, gradients = self.here(going), section.score == "taylor"
+            scores = self.scoring.measure(self.stack.model, gone=gone, gradients=gradients)
+        weights = (
+            self.scoring.weights(self.subject.noise) if len(scores.log_sigma) == section.draws.noise_levels else None
+        )
+        values = scores.score(section.score, weights).tolist()
+        return {index: values[here] for here, index in enumerate(self.kept) if index not in going}
+
+    def _given(self) -> BlockScores:
+        """The scores of the recipe's file, if they are of this model and data."""
+        scores, model = BlockScores.from_json(self.section.scores), self.stack.model
+        place = f"prune.scores: {self.section.scores}"
+        scores.check_fits(model_fingerprint(model), self.scoring.data_fingerprint, place)
+        if scores.log_sigma.tolist() != self.scoring.bundle.log_sigma.tolist():
+            raise UserError(f"{place}: measured at other noise levels; measure them again with `entrecipes score`")
+        return scores
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """What blocks are scored on."""
+        return self.subject.scoring(self.section.draws)
+
+    # -- the vote ---------------------------------------------------------------------------------------------------
+
+    def _vote(self, candidates: list[list[int]]) -> Vote:
+        """Rank the sub-networks that lack these blocks, by cost, NTK and ZiCo."""
+        weights, model = self.section.vote, self.stack.model
+        samples, batches = self._losses(weights.samples, 1), self._losses(weights.batches, weights.batch_size)
+        found = []
+        for candidate in candidates:
+            with self.stack.skipped(*self.here(candidate)):
+                cost = _seconds(batches) if weights.measure == "seconds" else _flops(batches[0])
+                found.append(Candidate(cost, ntk_condition(model, samples), zico(model, batches)))
+        return vote(found, (weights.cost, weights.ntk, weights.zico))
+
+    def _losses(self, count: int, size: int) -> list[Callable[[], Tensor]]:
+        """Losses of that many batches of training images, at noise levels as training draws them; always the same."""
+        bundle, subject = self.scoring.bundle, self.subject
+        generator = torch.Generator(bundle.x0.device).manual_seed(subject.seed)
+        log_sigma, factor = subject.noise.sample(count * size, generator)
+        rows = torch.arange(count * size, device=bundle.x0.device) % len(bundle.x0)
+        noise = torch.randn((len(rows), *bundle.x0.shape[1:]), generator=generator, device=generator.device)
+        return [
+            partial(self._loss, rows[part], noise[part], log_sigma[part].float(), factor[part].float())
+            for part in torch.arange(count * size).split(size)
+        ]
+
+    def _loss(self, rows: Tensor, noise: Tensor, log_sigma: Tensor, factor: Tensor) -> Tensor:
+        bundle, components = self.scoring.bundle, self.subject.components
+        labels = None if bundle.labels is None else bundle.labels[rows]
+        denoiser = Denoiser(self.stack.model, components.family, components.path)
+        prediction, target = denoiser(bundle.x0[rows], noise, log_sigma, labels)
+        return (self.subject.objective(prediction, target, log_sigma)[0] * factor).mean()
+
+
+def _spread(count: int, target: int) -> dict[int, float]:
+    """Every so-manieth block goes: the "oracle" pattern of BK-SDM (Kim et al. 2024), which keeps them evenly spaced."""
+    kept = {round(place * (count - 1) / max(1, count - target - 1)) for place in range(count - target)}
+    gone = [index for index in range(count) if index not in kept]
+    order = gone[::2] + gone[1::2] + sorted(kept)  # neighbours go in different stages
+    return {index: float(place) for place, index in enumerate(order)}
+
+
+def _flops(loss: Callable[[], Tensor]) -> float:
+    """Operations of a forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss()
+    return float(counter.get_total_flops())
+
+
+def _seconds(losses: list[Callable[[], Tensor]]) -> float:
+    """Median time of a forward and backward pass, after one to warm up."""
+    times = []
+    for loss in [losses[0], *losses]:
+        start = time.perf_counter()
+        value = loss()
+        value.backward()
+        value.item()  # wait for the device
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
