@@ -94,7 +94,8 @@ def measure_blocks(
     if not all(bool(table[[*left, count]].isfinite().all()) for table in every.values()):
         raise UserError("a prediction without one of the blocks is not finite: the weights are damaged or overflow")
     skipped = {key: table[:-1] for key, table in every.items()}
-    for table in skipped.values():
+    fixed = {"magnitude": _magnitude(stack)} | ({"taylor": taylor.scores()} if taylor else {})
+    for table in (*skipped.values(), *fixed.values()):
         table[list(gone)] = torch.nan
     passes = samples * (1 + sum(count - 1 - index for index in left) / count + (3 if gradients else 0))
     return BlockScores(
@@ -103,7 +104,7 @@ def measure_blocks(
         dimensions=target[0].numel(),
         full={key: every[key][-1] for key in ("mean", "square", "loss", "x0_error")},
         skipped=skipped,
-        fixed={"magnitude": _magnitude(stack)} | ({"taylor": taylor.scores()} if taylor else {}),
+        fixed=fixed,
         gate_pivot=gate_pivot,
         origin=(origin or {}) | {"samples": samples, "passes": round(passes), "seconds": time.perf_counter() - start},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entrecipes.blocks.measuring import Draw, measure_blocks
-from entrecipes.blocks.scores import BlockScores
+from entrecipes.blocks.scores import BlockScores, model_fingerprint
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.data.images import ImageSet, fingerprint
 from entrecipes.diffusion.denoiser import Denoiser
@@ -163,14 +162,6 @@ class Scoring:
         nearest = torch.bucketize(log_sigma, (levels[1:] + levels[:-1]) / 2)
         shares = torch.bincount(nearest, weights=factor, minlength=len(levels))
         return shares / shares.sum()
-
-
-def model_fingerprint(model: ModelMixin) -> str:
-    """Hash of a model's class, config and weights; the same after saving and loading."""
-    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
-    config = json.dumps(config, sort_keys=True, default=str)  # which writes tuples as the lists that loading makes
-    state = model.state_dict()
-    return fingerprint(type(model).__name__, config, *(part for name in sorted(state) for part in (name, state[name])))
 
 
 def score_blocks(
