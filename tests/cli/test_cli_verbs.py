@@ -39,6 +39,7 @@ def test_the_verbs_are_these() -> None:
         "generate",
         "evaluate",
         "diagnose",
+        "score",
         "data",
     )
 

@@ -13,7 +13,20 @@ from types import ModuleType
 from entrecipes import __version__
 from entrecipes.errors import UserError, nearest
 
-VERBS = ("ls", "show", "cp", "validate", "schema", "run", "compare", "generate", "evaluate", "diagnose", "data")
+VERBS = (
+    "ls",
+    "show",
+    "cp",
+    "validate",
+    "schema",
+    "run",
+    "compare",
+    "generate",
+    "evaluate",
+    "diagnose",
+    "score",
+    "data",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

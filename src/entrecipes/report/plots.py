@@ -177,14 +177,17 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def draw(path: Path, plot: Callable[..., None], *arguments: Any, panels: int = 1, height: float = 3.2) -> Path:
+def draw(
+    path: Path, plot: Callable[..., None], *arguments: Any, panels: int = 1, columns: int = 1, height: float = 3.2
+) -> Path:
     """One figure as a PNG, 960 pixels wide, without pyplot's global state.
 
     Args:
         path: The file, with the folders above it made where they are missing.
-        plot: Called with as many axes as there are panels, one above the other, and the arguments; without an x label
-            the x axis counts images.
-        panels: Axes that share their x axis.
+        plot: Called with as many axes as there are panels, row by row, and the arguments; without an x label the last x
+            axis counts images.
+        panels: Axes one above the other, which share their x axis.
+        columns: Axes side by side; with more than one all share their y axis, and none an x axis.
         height: In inches, of which the width is 4.8.
     """
     import matplotlib
@@ -195,7 +198,8 @@ def draw(path: Path, plot: Callable[..., None], *arguments: Any, panels: int = 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, height), dpi=200, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        every = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        alone = columns == 1
+        every = figure.subplots(panels, columns, sharex=alone, sharey=not alone, squeeze=False).ravel()
         plot(*every, *arguments)
         for axes in every:
             axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold")
