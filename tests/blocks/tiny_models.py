@@ -30,7 +30,7 @@ MASK = torch.ones(2, TOKENS, dtype=torch.bool)
 
 def dit() -> Tiny:
     model = diffusers.DiTTransformer2DModel(
-        **HEADS, in_channels=4, num_layers=4, sample_size=4, num_embeds_ada_norm=10, norm_type="ada_norm_zero"
+        **HEADS, in_channels=4, out_channels=4, num_layers=4, sample_size=4, num_embeds_ada_norm=1000
     )
     return model, {"hidden_states": IMAGE, "timestep": TIME, "class_labels": torch.tensor([1, 3])}
 
@@ -266,16 +266,18 @@ def unet(attention_last: bool = False, **config: Any) -> Tiny:
     }
     types = ["CrossAttn", "CrossAttn"]
     types.insert(0 if attention_last else 2, "")
+    defaults = {
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in types),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(types)),
+    }
     model = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8, 8),
         layers_per_block=2,
         norm_num_groups=4,
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in types),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(types)),
         cross_attention_dim=16,
         attention_head_dim=4,
-        **config,
+        **(defaults | config),
     )
     return model, {"sample": noise(2, 4, 8, 8), "timestep": TIME, "encoder_hidden_states": TEXT}
 

@@ -54,8 +54,10 @@ LAYOUTS = {
 REFUSED = {
     "ChromaTransformer2DModel": "one network makes the modulation of all its blocks, by their numbers",
     "HunyuanDiT2DModel": "its second half reads the outputs of its first half, each block of one block",
+    "SanaWMTransformer3DModel": "its first two blocks attend without the mask of the others, by number",
     "WanVACETransformer3DModel": "its control blocks belong to blocks by number",
     "WanAnimateTransformer3DModel": "its face adapter follows every few blocks by number",
+    "WanAnimate2Transformer3DModel": "it tells blocks apart by number",
     "UNet2DModel": "it has no transformer blocks",
 }
 SUPPORTED = (
@@ -94,7 +96,7 @@ def _why_not_single(model: nn.Module) -> str:
         return f"it has {len(lists)} lists of modules, and how they run together is not known"
     if len({type(block) for block in lists[0]}) != 1 or config.get("num_layers") != len(lists[0]):
         return "its list of modules is not one of equal blocks that num_layers counts"
-    numbering = [key for key, value in config.items() if "layer" in key and isinstance(value, (list, tuple)) and value]
+    numbering = [k for k, v in config.items() if re.search("layer|block", k) and isinstance(v, (list, tuple)) and v]
     return f"its config has {numbering[0]}, which may number blocks" if numbering else ""
 
 

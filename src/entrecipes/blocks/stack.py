@@ -96,6 +96,8 @@ class BlockStack:
             for name in self._layout.counts
         }
         config = config_without(self.model, self._layout, kept)
+        defaults = self.model.config.get("_use_default_values", ())  # from_config reads no key that is named there
+        config["_use_default_values"] = [key for key in defaults if key not in config]
         self._check_config(config, kept)
         for name, places in kept.items():
             modules = self.model.get_submodule(name)
@@ -178,7 +180,7 @@ class BlockStack:
         model = type(self.model)
 
         def shapes(changed: Mapping[str, Any]) -> dict[str, torch.Size]:
-            with init_empty_weights():
+            with torch.random.fork_rng(devices=[]), init_empty_weights():  # a run's own draws go on as they were
                 built = model.from_config({**self.model.config, **changed})
             return {key: value.shape for key, value in built.state_dict().items()}
 

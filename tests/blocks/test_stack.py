@@ -1,0 +1,334 @@
+"""Skipping leaves no trace whatever else is done to a model; removal is whole, or refused and nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
+from tiny_models import build, output, unet
+from torch import nn
+
+from entrecipes.blocks.stack import BlockStack
+from entrecipes.errors import UserError
+
+
+def attributes(model: nn.Module) -> list[dict[str, Any]]:
+    """What stands in each module's dictionary, hooks' chains too; compared by identity of what they hold."""
+    chains = [
+        vars(link) for m in model.modules() for link in getattr(getattr(m, "_diffusers_hook", None), "_fn_refs", ())
+    ]
+    return [{key: id(value) for key, value in held.items()} for held in [vars(m) for m in model.modules()] + chains]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    return {"config": dict(model.config)} | {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
+        for key, value in first.items()
+    )
+
+
+@pytest.fixture(params=["dit", "sd3", "flux"])
+def tiny(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Any]]:
+    return build(request.param)
+
+
+def test_skipping_leaves_no_trace(tiny) -> None:
+    model, inputs = tiny
+    stack, full, before, keys = BlockStack(model), output(model, inputs), attributes(model), list(model.state_dict())
+    with stack.skipped(1, 2):
+        assert list(model.state_dict()) == keys
+        assert not torch.equal(output(model, inputs), full)
+    assert attributes(model) == before and torch.equal(output(model, inputs), full)
+    with pytest.raises(RuntimeError, match="in the middle"), stack.skipped(1), stack.recorded():
+        raise RuntimeError("in the middle")
+    assert attributes(model) == before and list(model.state_dict()) == keys
+    with stack.skipped():
+        assert torch.equal(output(model, inputs), full)
+
+
+def test_contexts_nest(tiny) -> None:
+    model, inputs = tiny
+    stack = BlockStack(model)
+    outputs = {}
+    for gone in ((1,), (1, 2)):
+        with stack.skipped(*gone):
+            outputs[gone] = output(model, inputs)
+    with stack.skipped(1):
+        with stack.recorded() as calls:
+            output(model, inputs)
+        with stack.skipped(2, calls=calls), stack.skipped(1):
+            assert torch.equal(output(model, inputs), outputs[1, 2])
+        assert torch.equal(output(model, inputs), outputs[(1,)])
+
+
+def test_the_prefix_is_not_computed_again(tiny) -> None:
+    model, inputs = tiny
+    stack = BlockStack(model)
+    with stack.recorded() as calls:
+        output(model, inputs)
+    with stack.skipped(2):
+        expected = output(model, inputs)
+    for module in (*stack.modules(0), *stack.modules(1), *stack.modules(2)):
+        for parameter in module.attn.parameters() if hasattr(module, "attn") else module.ff.parameters():
+            parameter.data.fill_(float("nan"))
+    with stack.skipped(2, calls=calls):
+        assert torch.equal(output(model, inputs), expected)
+
+
+def test_a_copy_made_within_is_refused_and_one_made_after_is_its_own(tiny) -> None:
+    model, inputs = tiny
+    stack, full = BlockStack(model), output(model, inputs)
+    with stack.skipped(1):
+        with pytest.raises(UserError, match="can't be copied while"):
+            copy.deepcopy(model)
+        with pytest.raises(UserError, match="can't be copied while"):
+            pickle.dumps(model)
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.mul_(0.5)
+    assert not torch.equal(output(twin, inputs), full) and torch.equal(output(model, inputs), full)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny) -> None:
+    model, inputs = tiny
+    stack = BlockStack(model)
+    model.train()
+    gradients = {}
+    for checkpointed in (False, True):
+        (model.enable_gradient_checkpointing if checkpointed else model.disable_gradient_checkpointing)()
+        model.zero_grad()
+        with torch.random.fork_rng(), stack.skipped(1):
+            torch.manual_seed(0)  # DiT drops labels at random
+            loss = model(**inputs, return_dict=False)[0].square().mean()
+        loss.backward()  # recomputes blocks after the context has gone
+        gradients[checkpointed] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    own = tuple(f"{path}." for path in stack.blocks[1].paths)
+    assert all((grad is None) for name, grad in gradients[True].items() if name.startswith(own))
+    assert all(grad is not None for name, grad in gradients[True].items() if name.startswith(stack.blocks[0].paths[0]))
+    for name, grad in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_models_skip_and_lose_blocks(backend: str) -> None:
+    model, inputs = build("sd3")
+    stack = BlockStack(model)
+    with stack.skipped(1):
+        expected = output(model, inputs)
+    if backend == "eager":
+        compiled = torch.compile(model, backend=backend)
+        assert BlockStack(compiled).model is model
+    else:
+        model.compile(backend=backend)
+        compiled = model
+    full = output(compiled, inputs)
+    with stack.skipped(1):
+        assert torch.equal(output(compiled, inputs), expected)
+    with stack.recorded() as calls:
+        output(compiled, inputs)
+    assert len(calls) == 4
+    assert torch.equal(output(compiled, inputs), full)
+    stack.remove([1])
+    torch.testing.assert_close(output(compiled, inputs), expected, rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+
+
+class Counting(ModelHook):
+    """Counts the calls of its module."""
+
+    before = after = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.before += 1
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.after += 1
+        return output
+
+
+class Replacing(Counting):
+    """As diffusers' caches: decides itself whether the block is computed."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Counting, Replacing])
+def test_hooks_of_diffusers_go_on_around_a_skipped_block(kind: type[Counting]) -> None:
+    model, inputs = build("flux")
+    stack, full = BlockStack(model), output(model, inputs)
+    with stack.skipped(1, 2):
+        skipped = output(model, inputs)
+    registry = HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[1])
+    registry.register_hook(hook := kind(), "counting")
+    apply_group_offloading(
+        model, torch.device("cpu"), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2
+    )
+    before = attributes(model)
+    with stack.skipped(1, 2):
+        assert torch.equal(output(model, inputs), skipped)
+        assert hook.before == hook.after == 1
+    assert attributes(model) == before and torch.equal(output(model, inputs), full)
+    registry.remove_hook("counting")
+    assert torch.equal(output(model, inputs), full)
+
+
+def test_what_does_not_exist_is_named() -> None:
+    stack = BlockStack(build("dit")[0])
+    for index in (-1, 4):
+        with pytest.raises(UserError, match=f"no block {index}: the model has blocks 0 to 3"), stack.skipped(index):
+            pass
+        with pytest.raises(UserError, match=f"no block {index}"):
+            stack.check_removable([1, index])
+
+
+@pytest.mark.parametrize(
+    ("family", "gone", "reason"),
+    [
+        ("dit", [2, 0], "block 0 can't be removed: the head reads its embedder"),
+        ("sd3", [1, 3], "block 3 can't be removed: the class builds its last block"),
+        ("mochi", [2], "block 2 can't be removed: the class builds its last block"),
+        ("latte", [0], "positions of frames"),
+        ("unet_attention_last", [0, 8], "one depth for down_blocks.2.attentions.0 and the middle block"),
+        ("pixart", [0, 1, 2], "all 3 blocks can't be removed"),
+    ],
+)
+def test_a_refused_removal_changes_nothing(family: str, gone: list[int], reason: str) -> None:
+    model, _ = build(family)
+    before = state(model)
+    with pytest.raises(UserError, match=reason):
+        BlockStack(model).remove(iter(gone))
+    assert same(state(model), before)
+
+
+def test_a_removal_that_could_not_be_loaded_is_refused() -> None:
+    model = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=3, mmdit_layers=1,
+        patch_size=2, time_embed_dim=16, text_embed_dim=16, text_embed_dim_t5=None, sample_width=4, sample_height=4,
+    )  # fmt: skip
+    before = state(model)
+    with pytest.raises(UserError, match="could not be loaded again"):
+        BlockStack(model).remove([0])
+    assert same(state(model), before)
+    BlockStack(model).remove([1])
+    assert model.config.num_layers == len(model.transformer_blocks) == 2
+
+
+def test_the_first_block_of_a_dit_may_go_when_all_embedders_are_the_same() -> None:
+    model, inputs = build("dit")
+    embedder = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(embedder)
+    stack = BlockStack(model)
+    with stack.skipped(0, 1):
+        skipped = output(model, inputs)
+    assert not any(block.pinned for block in stack.blocks)
+    stack.remove([0, 1])
+    assert torch.equal(output(model, inputs), skipped)
+    model.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.data[3, 3] += 1e-6
+    assert "embedder" in BlockStack(model).blocks[0].pinned
+
+
+def test_numbers_in_the_config_follow_the_blocks() -> None:
+    model, _ = build("sd35")
+    stack = BlockStack(model)
+    weights = [stack.modules(index)[0].attn.to_q.weight for index in (1, 2, 3)]
+    stack.remove({0})
+    assert (model.config.num_layers, model.config.dual_attention_layers) == (3, [1])
+    assert all(stack.modules(i)[0].attn.to_q.weight is weight for i, weight in enumerate(weights))
+    assert [block.paths for block in stack.blocks] == [(f"transformer_blocks.{i}",) for i in range(3)]
+    stack.remove([1])
+    assert model.config.dual_attention_layers == []
+
+
+@pytest.mark.parametrize(("family", "lists"), [("flux", (2, 3)), ("flux2", (2, 3)), ("hunyuan_video", (2, 3))])
+def test_a_list_may_lose_all_its_blocks_while_the_other_has_some(family: str, lists: tuple[int, int]) -> None:
+    for gone in (range(lists[0]), range(lists[0], sum(lists))):
+        model, inputs = build(family)
+        stack = BlockStack(model)
+        with stack.skipped(*gone):
+            skipped = output(model, inputs)
+        stack.remove(gone)
+        assert len(stack) == sum(lists) - len(gone)
+        assert torch.equal(output(model, inputs), skipped)
+
+
+def test_a_unet_states_the_depth_of_each_attention() -> None:
+    model, inputs = unet(transformer_layers_per_block=2)
+    stack = BlockStack(model.eval())
+    assert [path.split(".")[0] for block in stack.blocks for path in block.paths] == (
+        ["down_blocks"] * 8 + ["mid_block"] * 2 + ["up_blocks"] * 12
+    )
+    gone = [1, 4, 5, 8, 10, 11, 21]
+    with stack.skipped(*gone):
+        skipped = output(model, inputs)
+    stack.remove(gone)
+    assert model.config.transformer_layers_per_block == [[1, 2], [0, 2], [1]]
+    assert model.config.reverse_transformer_layers_per_block == [1, [0, 2, 2], [2, 2, 1]]
+    assert torch.equal(output(model, inputs), skipped)
+    twin = type(model).from_config(model.config)  # as diffusers' EMAModel builds its copy
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(output(twin.eval(), inputs), skipped)
+
+
+def test_removal_keeps_dtype_flags_and_places() -> None:
+    model, inputs = build("flux")
+    model.to(torch.bfloat16).enable_gradient_checkpointing()
+    model.transformer_blocks[0].requires_grad_(False)
+    model.hf_device_map = {"x_embedder": 0} | {f"transformer_blocks.{i}": f"d{i}" for i in range(2)}
+    generator = torch.random.get_rng_state()
+    BlockStack(model).remove([0, 3])
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert model.hf_device_map == {"x_embedder": 0, "transformer_blocks.0": "d1"}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.is_gradient_checkpointing and not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    inputs = {k: v.bfloat16() if v.is_floating_point() and "ids" not in k else v for k, v in inputs.items()}
+    assert output(model, inputs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: diffusers.HunyuanDiT2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2,
+            activation_fn="gelu-approximate", sample_size=4, hidden_size=16, num_layers=4, cross_attention_dim=8,
+            cross_attention_dim_t5=8, pooled_projection_dim=4, text_len=4, text_len_t5=4), "second half reads"),
+        (lambda: diffusers.WanVACETransformer3DModel(num_attention_heads=2, attention_head_dim=12, text_dim=16,
+            freq_dim=16, ffn_dim=16, num_layers=2, vace_layers=[0], vace_in_channels=16), "control blocks"),
+        (lambda: diffusers.ChromaTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1,
+            num_single_layers=1, axes_dims_rope=(2, 2, 4), joint_attention_dim=16, approximator_num_channels=8,
+            approximator_hidden_dim=16, approximator_layers=1), "modulation of all its blocks"),
+        (lambda: diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2), "no transformer blocks"),
+        (lambda: unet(down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
+            mid_block_type="UNetMidBlock2D")[0], "this one has no transformer blocks"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "0 lists of modules"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_pruned_says_so_at_once(model, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        BlockStack(model())
+
+
+def test_text_and_image_of_unequal_length() -> None:
+    for family in ("sd3", "flux", "qwen"):
+        model, inputs = build(family)
+        stack = BlockStack(model)
+        short = {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :3]}
+        short |= {key: inputs[key][:3] for key in ("txt_ids",) if key in inputs}
+        short |= {key: inputs[key][:, :3] for key in ("encoder_hidden_states_mask",) if key in inputs}
+        with stack.skipped(0), stack.recorded() as calls:
+            skipped = output(model, inputs | short)
+        assert [tensor.shape[1] for tensor in stack.hidden_states(1, calls)] == [4, 4]
+        stack.remove([0])
+        assert torch.equal(output(model, inputs | short), skipped)
