@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from entrecipes.blocks.pruning import Pruning, Scoring, Subject
 from entrecipes.blocks.scores import BlockScores, model_fingerprint
+from entrecipes.blocks.selection import Selection
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.errors import UserError
 from entrecipes.information.proxies import Candidate, Vote, ntk_condition, vote, zico
@@ -38,31 +38,16 @@ class StagedPruning(Pruning):
 
     def __init__(self, section: RankedKeys, subject: Subject) -> None:
         super().__init__(section, subject)
-        count = len(self.dense)
-        self.target = max(1, round(section.ratio * count))
-        self.protected = {block.index: block.pinned for block in self.dense if block.pinned}
-        for index in section.keep:
-            if not -count <= index < count:
-                raise UserError(f"prune.keep: there is no block {index}: the model has blocks 0 to {count - 1}")
-            self.protected.setdefault(index % count, "prune.keep")
-        self._check_target()
+        try:
+            self.selection = Selection(self.dense, section.keep, section.cap)
+            self.target = self.selection.target(section.ratio)
+        except UserError as error:
+            raise UserError(f"prune.{error}") from error
         staged = isinstance(section, StagedKeys)
         stages = section.stages if staged else 1
         self.due = [section.until * k / stages for k in range(1, stages + 1)] if staged else [section.at]
         self.values: dict[int, float] = {}
         """The score of each block when it was last measured."""
-
-    def _check_target(self) -> None:
-        free = [block.index for block in self.dense if block.index not in self.protected]
-        size, most = self.section.cap or (len(self.dense), len(self.dense))
-        may_go = sum(min(most, n) for n in Counter(index // size for index in free).values())
-        if self.target > may_go:
-            reasons = "; ".join(f"block {index}: {why}" for index, why in sorted(self.protected.items()))
-            cap = f", and prune.cap lets {most} of {size} neighbours go" if self.section.cap else ""
-            raise UserError(
-                f"prune.ratio: {self.section.ratio:g} would remove {self.target} of {len(self.dense)} blocks, but only "
-                f"{may_go} may go ({reasons}{cap})"
-            )
 
     # -- when and how many ------------------------------------------------------------------------------------------
 
@@ -102,31 +87,21 @@ class StagedPruning(Pruning):
 
     def _order(self, number: int) -> list[int]:
         """The blocks to remove, the first to go first."""
-        order: list[int] = []
         again = getattr(self.section, "rerank", "stage")
-        for n in range(number):
-            if again == "block" or (n == 0 and (again == "stage" or not self.values)):
+        gone = [block.index for block in self.dense if block.index not in self.kept]
+        order: list[int] = []
+        while len(order) < number:
+            if again != "never" or not self.values:
                 self.values = self._rank(order)
-            order.append(min(self._free(order), key=self.values.__getitem__))
+            order += self.selection.lowest(self.values, 1 if again == "block" else number, [*gone, *order])
         return order
-
-    def _free(self, going: list[int]) -> list[int]:
-        """Blocks that may go next, in their order."""
-        size, most = self.section.cap or (len(self.dense), len(self.dense))
-        gone = [block.index for block in self.dense if block.index not in self.kept or block.index in going]
-        groups = Counter(index // size for index in gone)
-        return [
-            index
-            for index in self.kept
-            if index not in self.protected and index not in going and groups[index // size] < most
-        ]
 
     def _rank(self, going: list[int]) -> dict[int, float]:
         """The score of every block of the dense model that is left; the lowest go first."""
         section, count = self.section, len(self.dense)
         if section.score == "random":
             places = torch.randperm(count, generator=torch.Generator().manual_seed(self.subject.seed)).tolist()
-            return {index: float(places[index]) for index in self.kept}
+            return dict(enumerate(map(float, places)))
         if section.score == "spread":
             return _spread(count, self.target)
         if section.scores and not self.stages and not going:
@@ -148,6 +123,12 @@ class StagedPruning(Pruning):
         if scores.log_sigma.tolist() != self.scoring.bundle.log_sigma.tolist():
             raise UserError(f"{place}: measured at other noise levels; measure them again with `entrecipes score`")
         return scores
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        changed = super().load_state_dict(state)
+        if self.stages:
+            self.values = {int(index): value for index, value in self.stages[-1]["scores"].items()}
+        return changed
 
     @cached_property
     def scoring(self) -> Scoring:
