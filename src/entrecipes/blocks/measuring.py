@@ -64,7 +64,7 @@ def measure_blocks(
         origin: Kept with the scores.
 
     Raises:
-        UserError: When there are no draws, or a prediction is not finite.
+        UserError: When a level has no draws or they are scattered, or a prediction is not finite.
     """
     start, count, samples = time.perf_counter(), len(stack), 0
     left = [index for index in range(count) if index not in gone]
@@ -118,13 +118,15 @@ class _Tally:
         self.sums = {key: zeros.clone() for key in KEYS}
         self.bi, self.shift = zeros.clone(), zeros.clone()
         self.samples = zeros[0].clone()
-        self.level = -1
+        self.level, self.done = -1, set[int]()
         self.rows, self.shape = rows, prediction[0].numel()
 
     def add(self, row: int, level: int, prediction: Tensor, target: Tensor, full: Tensor) -> None:
         """Add a batch: a prediction, its target and the full model's prediction [n, ...]."""
         if level != self.level:
             self._finish_level()
+            if level in self.done:
+                raise UserError(f"the draws of noise level {level} must come one after another; sort them by level")
             self.level, self.drift = level, prediction.new_zeros(self.rows, self.shape, dtype=torch.float64)
         prediction, target, full = (part.flatten(1).double() for part in (prediction, target, full))
         ratio = 0.5 * (prediction.var(1).clamp(min=TINY) / full.var(1).clamp(min=TINY)).log()
@@ -139,11 +141,14 @@ class _Tally:
     def _finish_level(self) -> None:
         """The mean of each element can be compared only when all draws of a level are in."""
         if self.level >= 0:
+            self.done.add(self.level)
             self.shift[:, self.level] = (self.drift / self.samples[self.level]).square().mean(1).sqrt()
 
     def tables(self) -> dict[str, Tensor]:
         """Means over samples [rows, L] on the CPU; `mean_shift` is the root mean square over elements."""
         self._finish_level()
+        if missing := sorted(set(range(len(self.samples))) - self.done):
+            raise UserError(f"there are no draws of noise level {missing[0]}; give some for each of log_sigma")
         means = {key: total / self.samples for key, total in (self.sums | {"bi": self.bi}).items()}
         return {key: table.cpu() for key, table in (means | {"mean_shift": self.shift}).items()}
 

@@ -144,7 +144,7 @@ class BlockScores:
     def warnings(self, name: str, count: int, weights: Tensor | None = None, kept: Collection[int] = ()) -> list[str]:
         """What speaks against removing the `count` blocks that rank lowest by a score: they matter to the loss."""
         rise = self.score("loss_rise", weights)
-        important = self.lowest("loss_rise", len(rise), weights)[-(len(rise) // 3) :]
+        important = self.lowest("loss_rise", len(rise), weights)[::-1][: len(rise) // 3]
         return [
             f"{name} would remove block {index}, whose loss rise ({rise[index]:.3g}) is among the highest third"
             for index in self.lowest(name, count, weights, kept)
