@@ -1,4 +1,4 @@
-"""A tiny model of each family with inputs for it; text and image are of equal length where a family has both."""
+"""A tiny model of each family with inputs for it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ from typing import Any
 
 import diffusers
 import torch
+from tiny_inputs import HEADS, IMAGE, IMAGE_AND_TEXT, MASK, PACKED, TEXT, TIME, TOKENS, Tiny, noise
+from tiny_video_models import allegro, cogvideox, hunyuan_video, latte, ltx, mochi, wan
 from torch import Tensor, nn
 
 from entrecipes.models.sequence import SequenceTransformer1DModel
-
-TOKENS = 4
-Tiny = tuple[nn.Module, dict[str, Any]]
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
-TIME = torch.tensor([500, 20])
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-IMAGE, VIDEO, TEXT = noise(2, 4, 4, 4), noise(2, 4, 2, 4, 4), noise(2, TOKENS, 16)
-PACKED = {"hidden_states": noise(2, TOKENS, 16), "encoder_hidden_states": TEXT}
-IMAGE_AND_TEXT = {"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "timestep": TIME}
-VIDEO_AND_TEXT = {"hidden_states": VIDEO, "encoder_hidden_states": TEXT, "timestep": TIME}
-MASK = torch.ones(2, TOKENS, dtype=torch.bool)
 
 
 def dit() -> Tiny:
@@ -59,38 +45,14 @@ def sd3(dual: tuple[int, ...] = ()) -> Tiny:
     return model, IMAGE_AND_TEXT | {"pooled_projections": noise(2, 16)}
 
 
-def flux() -> Tiny:
-    model = diffusers.FluxTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-    )
-    ids = torch.arange(3 * TOKENS).reshape(TOKENS, 3) / 3
-    return model, PACKED | {
-        "pooled_projections": noise(2, 16),
-        "timestep": TIME / 1000,
-        "img_ids": ids,
-        "txt_ids": 0 * ids,
-    }
-
-
-def flux2() -> Tiny:
-    model = diffusers.Flux2Transformer2DModel(
-        **HEADS,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        joint_attention_dim=16,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(2, 2, 2, 2),
-    )
-    ids = torch.arange(4 * TOKENS).reshape(TOKENS, 4) / 4
-    return model, PACKED | {"timestep": TIME / 1000, "guidance": TIME / 100, "img_ids": ids, "txt_ids": 0 * ids}
+def flux(kind: str = "Flux", axes: tuple[int, ...] = (2, 2, 4), **config: Any) -> Tiny:
+    """Flux and the classes made after it."""
+    options = {"in_channels": 16, "num_layers": 2, "num_single_layers": 3, "joint_attention_dim": 16}
+    model = getattr(diffusers, f"{kind}Transformer2DModel")(**HEADS, **options, axes_dims_rope=axes, **config)
+    ids = torch.arange(len(axes) * TOKENS).reshape(TOKENS, -1) / 4
+    inputs = PACKED | {"timestep": TIME / 1000, "img_ids": ids, "txt_ids": 0 * ids}
+    inputs |= {"pooled_projections": noise(2, 16)} if kind == "Flux" else {}
+    return model, inputs | ({"guidance": TIME / 100} if kind == "Flux2" else {})
 
 
 def auraflow() -> Tiny:
@@ -126,6 +88,30 @@ def cogview4() -> Tiny:
     return model, IMAGE_AND_TEXT | {"original_size": size, "target_size": size, "crop_coords": 0 * size}
 
 
+def lumina2() -> Tiny:
+    model = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=4,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(8, 8, 8),
+        cap_feat_dim=16,
+    )
+    return model, IMAGE_AND_TEXT | {"encoder_attention_mask": MASK}
+
+
+def prx() -> Tiny:
+    model = diffusers.PRXTransformer2DModel(
+        in_channels=4, context_in_dim=16, hidden_size=16, num_heads=2, depth=3, axes_dim=[4, 4]
+    )
+    return model, IMAGE_AND_TEXT | {"timestep": TIME / 1000}
+
+
 def sana() -> Tiny:
     model = diffusers.SanaTransformer2DModel(
         **HEADS,
@@ -139,118 +125,6 @@ def sana() -> Tiny:
         sample_size=4,
     )
     return model, IMAGE_AND_TEXT
-
-
-def latte() -> Tiny:
-    model = diffusers.LatteTransformer3DModel(
-        **HEADS,
-        in_channels=4,
-        num_layers=3,
-        sample_size=4,
-        patch_size=2,
-        cross_attention_dim=16,
-        caption_channels=16,
-        norm_type="ada_norm_single",
-        num_embeds_ada_norm=1000,
-        video_length=2,
-        norm_elementwise_affine=False,
-        attention_bias=True,
-    )
-    return model, VIDEO_AND_TEXT
-
-
-def cogvideox() -> Tiny:
-    model = diffusers.CogVideoXTransformer3DModel(
-        **HEADS,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        text_embed_dim=16,
-        time_embed_dim=16,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=5,
-        max_text_seq_length=TOKENS,
-    )
-    return model, VIDEO_AND_TEXT | {"hidden_states": VIDEO.transpose(1, 2)}
-
-
-def allegro() -> Tiny:
-    model = diffusers.AllegroTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        cross_attention_dim=24,
-        caption_channels=16,
-        sample_height=4,
-        sample_width=4,
-        sample_frames=2,
-    )
-    places = torch.arange(2 * TOKENS)[None]
-    rope = ((noise(2 * TOKENS, 4), noise(2 * TOKENS, 4)),) * 3, (places,) * 3
-    return model, VIDEO_AND_TEXT | {"image_rotary_emb": rope}
-
-
-def wan() -> Tiny:
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=16,
-    )
-    return model, VIDEO_AND_TEXT
-
-
-def ltx() -> Tiny:
-    model = diffusers.LTXVideoTransformer3DModel(
-        **HEADS, in_channels=16, out_channels=16, num_layers=3, cross_attention_dim=16, caption_channels=16
-    )
-    return model, PACKED | {
-        "timestep": TIME,
-        "encoder_attention_mask": MASK,
-        "num_frames": 1,
-        "height": 2,
-        "width": 2,
-    }
-
-
-def hunyuan_video() -> Tiny:
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        **HEADS,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_single_layers=3,
-        num_refiner_layers=1,
-        text_embed_dim=16,
-        pooled_projection_dim=16,
-        rope_axes_dim=(2, 2, 4),
-    )
-    return model, VIDEO_AND_TEXT | {
-        "hidden_states": VIDEO[:, :, :1],
-        "encoder_attention_mask": MASK,
-        "pooled_projections": noise(2, 16),
-        "guidance": TIME,
-    }
-
-
-def mochi() -> Tiny:
-    model = diffusers.MochiTransformer3DModel(
-        **HEADS,
-        in_channels=4,
-        num_layers=3,
-        pooled_projection_dim=16,
-        text_embed_dim=16,
-        time_embed_dim=16,
-        max_sequence_length=TOKENS,
-    )
-    return model, VIDEO_AND_TEXT | {"hidden_states": VIDEO[:, :, :1], "encoder_attention_mask": MASK}
 
 
 def sequence() -> Tiny:
@@ -287,11 +161,16 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
     "pixart": pixart,
     "sd3": sd3,
     "sd35": lambda: sd3(dual=(0, 2)),
-    "flux": flux,
-    "flux2": flux2,
+    "flux": lambda: flux(pooled_projection_dim=16),
+    "flux2": lambda: flux("Flux2", (2, 2, 2, 2), timestep_guidance_channels=16),
+    "bria": lambda: flux("Bria"),
+    "ovis": lambda: flux("OvisImage", out_channels=16),
+    "longcat": lambda: flux("LongCatImage"),
     "auraflow": auraflow,
     "qwen": qwen,
     "cogview4": cogview4,
+    "lumina2": lumina2,
+    "prx": prx,
     "sana": sana,
     "latte": latte,
     "cogvideox": cogvideox,

@@ -45,11 +45,15 @@ LAYOUTS = {
     ),
     "FluxTransformer2DModel": Layout(DOUBLE),
     "Flux2Transformer2DModel": Layout(DOUBLE),
+    "BriaTransformer2DModel": Layout(DOUBLE),
+    "LongCatImageTransformer2DModel": Layout(DOUBLE),
+    "OvisImageTransformer2DModel": Layout(DOUBLE),
     "HunyuanVideoTransformer3DModel": Layout(DOUBLE),
     "AuraFlowTransformer2DModel": Layout(
         {"joint_transformer_blocks": "num_mmdit_layers", "single_transformer_blocks": "num_single_dit_layers"}
     ),
     "Lumina2Transformer2DModel": Layout({"layers": "num_layers"}),
+    "PRXTransformer2DModel": Layout({"blocks": "depth"}),
 }
 REFUSED = {
     "ChromaTransformer2DModel": "one network makes the modulation of all its blocks, by their numbers",

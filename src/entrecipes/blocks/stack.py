@@ -156,7 +156,7 @@ class BlockStack:
         """The main stream before and after a block, in a recorded pass; both [n, tokens, channels].
 
         That is the image, video or sequence without the text where a block takes two streams; where it takes both
-        joined (single blocks of Flux 2 and AuraFlow), it is all of them.
+        joined (Lumina 2, single blocks of Flux 2 and AuraFlow), it is all of them.
         """
         first, *others = (path for path in self.blocks[index].paths if path in calls)
         streams, call = self._streams[first], calls[first]
