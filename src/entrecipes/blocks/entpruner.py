@@ -48,6 +48,7 @@ class StagedPruning(Pruning):
         self.due = [section.until * k / stages for k in range(1, stages + 1)] if staged else [section.at]
         self.values: dict[int, float] = {}
         """The score of each block when it was last measured."""
+        self.given = self._given() if section.scores else None
 
     # -- when and how many ------------------------------------------------------------------------------------------
 
@@ -104,8 +105,8 @@ class StagedPruning(Pruning):
             return dict(enumerate(map(float, places)))
         if section.score == "spread":
             return _spread(count, self.target)
-        if section.scores and not self.stages and not going:
-            scores = self._given()
+        if self.given and not self.stages and not going:
+            scores = self.given
         else:
             gone, gradients = self.here(going), section.score == "taylor"
             scores = self.scoring.measure(self.stack.model, gone=gone, gradients=gradients)
