@@ -108,7 +108,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models_skip_and_lose_blocks(backend: str) -> None:
-    model, inputs = build("sd3")
+    model, inputs = build("pixart")
     stack = BlockStack(model)
     with stack.skipped(1):
         expected = output(model, inputs)
@@ -123,7 +123,7 @@ def test_compiled_models_skip_and_lose_blocks(backend: str) -> None:
         assert torch.equal(output(compiled, inputs), expected)
     with stack.recorded() as calls:
         output(compiled, inputs)
-    assert len(calls) == 4
+    assert len(calls) == 3
     assert torch.equal(output(compiled, inputs), full)
     stack.remove([1])
     torch.testing.assert_close(output(compiled, inputs), expected, rtol=0, atol=1e-5)

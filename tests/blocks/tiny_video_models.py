@@ -18,11 +18,11 @@ def latte() -> Tiny:
         caption_channels=16,
         norm_type="ada_norm_single",
         num_embeds_ada_norm=1000,
-        video_length=2,
+        video_length=4,
         norm_elementwise_affine=False,
         attention_bias=True,
     )
-    return model, VIDEO_AND_TEXT
+    return model, VIDEO_AND_TEXT | {"hidden_states": noise(2, 4, 4, 4, 4)}  # as many frames as tokens in a frame
 
 
 def cogvideox() -> Tiny:

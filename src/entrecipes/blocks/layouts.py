@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 from entrecipes.errors import UserError
@@ -94,13 +95,16 @@ def layout_of(model: nn.Module) -> Layout:
 
 def _why_not_single(model: nn.Module) -> str:
     """Empty for a model with one list of blocks of one class, counted by num_layers, and nothing that numbers them."""
+    if not isinstance(model, ConfigMixin):
+        return "it is not a diffusers model"
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
-    config = getattr(model, "config", {})
     if len(lists) != 1:
         return f"it has {len(lists)} lists of modules, and how they run together is not known"
-    if len({type(block) for block in lists[0]}) != 1 or config.get("num_layers") != len(lists[0]):
+    if len({type(block) for block in lists[0]}) != 1 or model.config.get("num_layers") != len(lists[0]):
         return "its list of modules is not one of equal blocks that num_layers counts"
-    numbering = [k for k, v in config.items() if re.search("layer|block", k) and isinstance(v, (list, tuple)) and v]
+    numbering = [
+        k for k, v in model.config.items() if re.search("layer|block", k) and isinstance(v, (list, tuple)) and v
+    ]
     return f"its config has {numbering[0]}, which may number blocks" if numbering else ""
 
 

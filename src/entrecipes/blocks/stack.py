@@ -163,7 +163,7 @@ class BlockStack:
         before = streams.main(streams.passed_on(call.args, call.kwargs))
         last = others[-1] if others else first
         after = self._streams[last].main(calls[last].output)
-        if after.shape != before.shape:  # Latte's temporal blocks see frames as tokens: [n * tokens, frames, channels]
+        if others:  # Latte's temporal blocks see frames as tokens: [n * tokens, frames, channels]
             frames = after.shape[1]
             after = after.unflatten(0, (before.shape[0] // frames, -1)).transpose(1, 2).reshape(before.shape)
         return before, after
