@@ -111,17 +111,16 @@ def test_rank_correlations() -> None:
     assert spearman(gone, torch.tensor([1.0, 9, 4, 5])) == pytest.approx(1)
 
 
-def test_the_lowest_blocks_and_what_speaks_against_them() -> None:
+def test_what_speaks_against_removing_blocks() -> None:
     found = scores()
-    assert found.lowest("bi", 2) == [0, 1] and found.lowest("bi", 9) == [0, 1, 2]
-    assert found.lowest("bi", 2, kept={0}) == [1, 2]
-    gone = scores(fixed={"magnitude": table([math.nan, 2, 3])[0]})
-    assert gone.lowest("magnitude", 1) == [1]
-    (warning,) = found.warnings("taylor", 1)
+    (warning,) = found.warnings("taylor", [0, 1])
     assert "taylor would remove block 1, whose loss rise (2)" in warning
-    two = scores(skipped={name: rows[:2] for name, rows in found.skipped.items()}, fixed={"taylor": table([3, 1])[0]})
-    assert two.warnings("taylor", 1) == [], "two blocks have no highest third"
-    assert found.warnings("taylor", 1, kept={1}) == [] and found.warnings("loss_rise", 2) == []
+    assert found.warnings("taylor", [0, 2]) == []
+    assert found.warnings("taylor", [0, 2], weights=torch.tensor([0.0, 1.0, 1.0])) == []
+    (by_weight,) = found.warnings("taylor", [0, 2], weights=torch.tensor([1.0, 0.0, 0.0]))
+    assert "block 0" in by_weight
+    gone = scores(skipped=found.skipped | {"loss": table([2, 2, 3], [math.nan] * 3, [1.5, 2.5, 3.5])})
+    assert "block 2" in gone.warnings("taylor", [2])[0], "a block that is gone matters no more"
 
 
 def test_the_file_holds_everything(tmp_path: Path) -> None:

@@ -135,19 +135,13 @@ class BlockScores:
         against = self.score(other, weights)
         return {name: spearman(self.score(name, weights), against) for name in self.names}
 
-    def lowest(self, name: str, count: int, weights: Tensor | None = None, kept: Collection[int] = ()) -> list[int]:
-        """The `count` blocks that rank lowest by a score, the lowest first, without those that are `kept` or gone."""
-        values = self.score(name, weights).tolist()
-        free = [index for index, value in enumerate(values) if index not in kept and not math.isnan(value)]
-        return sorted(free, key=values.__getitem__)[:count]
-
-    def warnings(self, name: str, count: int, weights: Tensor | None = None, kept: Collection[int] = ()) -> list[str]:
-        """What speaks against removing the `count` blocks that rank lowest by a score: they matter to the loss."""
-        rise = self.score("loss_rise", weights)
-        important = self.lowest("loss_rise", len(rise), weights)[::-1][: len(rise) // 3]
+    def warnings(self, name: str, blocks: Collection[int], weights: Tensor | None = None) -> list[str]:
+        """What speaks against removing the `blocks` that rank lowest by a score: those that matter to the loss."""
+        rise = self.score("loss_rise", weights).nan_to_num(-math.inf)
+        important = rise.argsort(descending=True)[: len(rise) // 3].tolist()
         return [
             f"{name} would remove block {index}, whose loss rise ({rise[index]:.3g}) is among the highest third"
-            for index in self.lowest(name, count, weights, kept)
+            for index in blocks
             if index in important
         ]
 

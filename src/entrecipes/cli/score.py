@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from entrecipes.blocks.scores import BlockScores
+    from entrecipes.blocks.selection import Selection
     from entrecipes.blocks.stack import BlockStack
     from entrecipes.diffusion.path import GaussianPath
     from entrecipes.report.block_report import BlockReport
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = best_device()
     components = subject.load_subject(args, recipe)
-    stack, model = BlockStack(components.model), components.model.to(device)
+    model = components.model.to(device)
+    selection, count = _selection(BlockStack(model), recipe, args.remove)
     data = open_data(recipe.data, components, device)
     scoring = Scoring.on_training_images(section, components, data, device, args.batch_size, model=args.pipeline)
     gradients = not args.no_gradients
@@ -83,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
         },
         weights=weights,
         weights_note=note,
-        stays=_stays(stack, recipe),
+        selection=selection,
+        count=count,
         score=args.score,
-        ratio=args.remove,
     )
     written = _write(report, subject.output_folder(args, "scores", "score"))
     print(report.to_text(), end="\n\n")
@@ -116,12 +118,16 @@ def _draws(args: argparse.Namespace, recipe: Recipe) -> Draws:
     return getattr(recipe.prune, "draws", Draws()).model_copy(update=given)
 
 
-def _stays(stack: BlockStack, recipe: Recipe) -> dict[int, str]:
-    """Blocks that can't be removed, or that `prune.keep` keeps, with the reason."""
-    count = len(stack)
-    keep = getattr(recipe.prune, "keep", RankedKeys.model_fields["keep"].default)
-    kept = {index % count: "kept by prune.keep" for index in keep}
-    return kept | {block.index: block.pinned for block in stack.blocks if block.pinned}
+def _selection(stack: BlockStack, recipe: Recipe, ratio: float) -> tuple[Selection, int]:
+    """Which blocks may go by the recipe's own pruning, and how many the ratio means."""
+    from entrecipes.blocks.selection import Selection
+
+    keys = recipe.prune if isinstance(recipe.prune, RankedKeys) else RankedKeys()
+    try:
+        selection = Selection(stack.blocks, keys.keep, keys.cap)
+        return selection, selection.target(ratio)
+    except UserError as error:
+        raise UserError(f"--remove: {error}") from error
 
 
 def _weights(

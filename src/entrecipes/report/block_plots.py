@@ -33,7 +33,7 @@ def height_of(report: BlockReport) -> float:
 
 
 def plot_blocks(*axes_and_report: Axes | BlockReport) -> None:
-    """Above a map of block x noise level for each of [`SHOWN`], below its bars: what goes at the report's ratio."""
+    """Above a map of block x noise level for each of [`SHOWN`], below its bars: what goes and what stays."""
     *axes, report = axes_and_report
     blocks = len(report.scores.paths)
     for above, below, (name, (shown, title, unit)) in zip(axes[:COLUMNS], axes[COLUMNS:], SHOWN.items(), strict=True):
@@ -68,7 +68,10 @@ def _map(axes: Axes, report: BlockReport, name: str) -> None:
 def _bars(axes: Axes, report: BlockReport, name: str) -> None:
     values = np.array(report.values[name])
     goes = set(report.removes(name))
-    colours = [ORANGE if index in goes else FAINT if index in report.stays else BLUE for index in range(len(values))]
+    colours = [
+        ORANGE if index in goes else FAINT if index in report.selection.protected else BLUE
+        for index in range(len(values))
+    ]
     axes.barh(range(len(values)), values, color=colours, height=0.75)
     axes.axvline(0, color=INK, linewidth=0.6)
     most = _largest(values)
@@ -82,7 +85,7 @@ def _bars(axes: Axes, report: BlockReport, name: str) -> None:
 def _legend(figure: Figure, report: BlockReport) -> None:
     from matplotlib.patches import Patch
 
-    meanings = {ORANGE: f"would go at {100 * report.ratio:g} %", BLUE: "would stay", FAINT: "can't go"}
+    meanings = {ORANGE: f"would go ({report.count})", BLUE: "would stay", FAINT: "can't go"}
     handles = [Patch(color=colour, label=label) for colour, label in meanings.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from entrecipes.blocks.scores import SCORES, BlockScores
+from entrecipes.blocks.selection import Selection
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import number
 
@@ -45,33 +46,27 @@ class BlockReport:
         facts: What is known beside their origin (`path`, `prediction_type`), for the first line and the JSON.
         weights: Share of the training's draws at each noise level [L].
         weights_note: Where these come from.
-        stays: Blocks that can't go, and why.
+        selection: Which blocks may go.
+        count: How many blocks to remove.
         score: The score that the warnings are about.
-        ratio: Share of the blocks to remove.
     """
 
     scores: BlockScores
     facts: Mapping[str, Any]
     weights: Tensor
     weights_note: str
-    stays: Mapping[int, str]
+    selection: Selection
+    count: int
     score: str
-    ratio: float
 
     @cached_property
     def values(self) -> dict[str, list[float]]:
         """Every measured score of every block."""
         return {name: self.scores.score(name, self.weights).tolist() for name in self.scores.names}
 
-    @property
-    def count(self) -> int:
-        """How many blocks the ratio means: as many as `prune.ratio` removes, if so many may go."""
-        blocks = len(self.scores.paths)
-        return min(max(1, round(self.ratio * blocks)), blocks - len(self.stays))
-
     def removes(self, name: str) -> list[int]:
         """The blocks that a score would remove, the first to go first."""
-        return self.scores.lowest(name, self.count, self.weights, kept=self.stays)
+        return self.selection.lowest(dict(enumerate(self.values[name])), self.count)
 
     def headline(self) -> str:
         """What was measured, and what it cost."""
@@ -90,7 +85,7 @@ class BlockReport:
             numbers = [index for index, _ in blocks]
             lists.append(f"{numbers[0]} to {numbers[-1]} are {name}")
         reasons: dict[str, list[int]] = {}
-        for index, why in sorted(self.stays.items()):
+        for index, why in sorted(self.selection.protected.items()):
             reasons.setdefault(why, []).append(index)
         pivot = self.scores.gate_pivot
         return {
@@ -112,7 +107,7 @@ class BlockReport:
                 _aligned([f"{value:.3g} {f'({rank})':>4}" for value, rank in zip(*pair, strict=True)])
                 for pair in ((self.values[name], ranks[name]) for name in names)
             ]
-            labels = [f"{index}{'*' * (index in self.stays)}" for index in range(len(self.scores.paths))]
+            labels = [f"{index}{'*' * (index in self.selection.protected)}" for index in range(len(self.scores.paths))]
             rows = [list(row) for row in zip(labels, *columns, strict=True)]
             found.append(Table(f"{title} (rank, 1 the highest; * stays)", ["block", *names], rows))
         return [*found, self._removals()]
@@ -123,12 +118,12 @@ class BlockReport:
             [name, "-" if math.isnan(rho := correlations[name]) else f"{rho:5.2f}", " ".join(map(str, sorted(gone)))]
             for name, gone in ((name, self.removes(name)) for name in self.values)
         ]
-        title = f"The {self.count} blocks that each score would remove ({100 * self.ratio:g} %)"
+        title = f"Which {self.count} of {len(self.scores.paths)} blocks each score would remove"
         return Table(title, ["score", "rank correlation with loss_rise", "removes"], rows)
 
     def warnings(self) -> list[str]:
         """What speaks against removing by `score`."""
-        return self.scores.warnings(self.score, self.count, self.weights, kept=self.stays)
+        return self.scores.warnings(self.score, self.removes(self.score), self.weights)
 
     def to_text(self) -> str:
         """All of it for a terminal."""
@@ -167,10 +162,9 @@ class BlockReport:
             **self.scores.to_json(),
             **self.facts,
             "noise": {"weights": self.weights.tolist(), "note": self.weights_note},
-            "stays": {str(index): why for index, why in self.stays.items()},
+            "stays": {str(index): why for index, why in self.selection.protected.items()},
             "scores": self.values,
             "correlations": {name: None if math.isnan(rho) else rho for name, rho in correlations.items()},
-            "ratio": self.ratio,
             "removes": {name: self.removes(name) for name in self.values},
             "warnings": self.warnings(),
         }
