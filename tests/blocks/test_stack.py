@@ -159,7 +159,7 @@ def test_removal_keeps_dtype_flags_and_places() -> None:
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2), "no transformer blocks"),
         (lambda: unet(down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
             mid_block_type="UNetMidBlock2D")[0], "this one has no transformer blocks"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), "not a diffusers model"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "no config as diffusers models have"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_pruned_says_so_at_once(model, reason: str) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
 from torch import Tensor, nn
 
 from entrecipes.errors import UserError
@@ -95,8 +94,8 @@ def layout_of(model: nn.Module) -> Layout:
 
 def _why_not_single(model: nn.Module) -> str:
     """Empty for a model with one list of blocks of one class, counted by num_layers, and nothing that numbers them."""
-    if not isinstance(model, ConfigMixin):
-        return "it is not a diffusers model"
+    if not isinstance(getattr(model, "config", None), Mapping):
+        return "it has no config as diffusers models have"
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
     if len(lists) != 1:
         return f"it has {len(lists)} lists of modules, and how they run together is not known"
