@@ -3,7 +3,7 @@
     python scripts/compare_pruning.py entpruner/dit_animals --results recipes/entpruner/results/dit_animals
 
 `truth`: each block that can go is removed alone, and the model fine-tuned briefly; every score, measured beforehand, is
-correlated with what was lost (Spearman). `arms`: the share of blocks that --ratios says, removed by every score at once,
+correlated with what was lost (Spearman). `arms`: the share of blocks that --ratios says, removed by each score at once,
 and by some in stages, at equal images. All runs share, seed by seed, the data order, the noise and the held-out bundle.
 Runs are kept in outputs/compare_pruning/RECIPE/runs.jsonl; the same command goes on after a stop.
 """
@@ -11,12 +11,14 @@ Runs are kept in outputs/compare_pruning/RECIPE/runs.jsonl; the same command goe
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from entrecipes.blocks.scores import SCORES, spearman
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.errors import UserError
 from entrecipes.evaluation.scoring import Scoring
+from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
 from entrecipes.recipe.prune import Draws
 from entrecipes.training.loop import train
@@ -73,13 +76,21 @@ class Runs:
             "removed": [block for row in getattr(run.pruner, "stages", []) for block in row["remove"]],
         }
 
-    def choice(self, seed: int, *changes: str) -> dict[str, Any]:
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (one run of a seed at a time, for the life of the script)
+    def dense(self, seed: int) -> Run:
+        """The run before any step, nothing removed."""
+        return self.build(seed, DENSE)
+
+    def choice(self, seed: int, prune: str) -> dict[str, Any]:
         """The blocks that a pruning at once removes."""
-        return {"remove": sorted(self.build(seed, *changes).pruner.choose(0)[0]["remove"])}
+        run = self.dense(seed)
+        section = load(self.recipe, [*self.overrides, prune]).recipe.prune
+        pruner = build("prune", section, subject=replace(run._subject(), seed=seed))
+        return {"remove": sorted(pruner.choose(0)[0]["remove"])}
 
     def scores(self, seed: int) -> dict[str, Any]:
         """Every score of the model to start from, on the target's training images."""
-        run = self.build(seed, DENSE)
+        run = self.dense(seed)
         scoring = Scoring.on_training_images(Draws(seed=seed), run.components, run.data, run.device)
         found = scoring.measure(run.model)
         weights = scoring.weights(run.noise)

@@ -1,6 +1,6 @@
 """Pruning by a score, at once or in stages: EntPruner and its baselines.
 
-EntPruner (arXiv 2511.21377) ranks blocks by the change of the output's entropy when each is dropped (CED, lowest
+EntPruner (arXiv 2511.21122) ranks blocks by the change of the output's entropy when each is dropped (CED, lowest
 first), and removes them in stages during transfer training; at each stage zero-shot proxies decide between candidate
 sub-networks, which differ in how many more of the lowest blocks they lack, none included. What the paper's public
 sources leave open is a recipe key: the candidates are no more blocks, one step more and two steps more (a step is

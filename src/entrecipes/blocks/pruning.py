@@ -90,6 +90,10 @@ class Pruner(Protocol):
         """What is added to the losses [n] for the distance to the dense model's prediction."""
         return 0.0
 
+    def facts(self) -> dict[str, Any]:
+        """What the run's facts (`run.json`) say of it: `blocks` before and after, `parameters_before`."""
+        return {}
+
     def publish(self, folder: Path) -> None:
         """Write `pruning.json` into a folder: what was removed, when and why."""
 
@@ -120,6 +124,7 @@ class Pruning(Pruner):
         self.section, self.subject = section, subject
         self.stack = BlockStack(subject.components.model)
         self.dense = self.stack.blocks
+        self.dense_parameters = sum(p.numel() for p in self.stack.model.parameters())
         self.kept = list(range(len(self.dense)))
         self.stages: list[dict[str, Any]] = []
         self.teacher = Teacher(section.distill, subject.components, subject.objective)
@@ -162,6 +167,10 @@ class Pruning(Pruner):
         self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, labels: Tensor | None
     ) -> Tensor | float:
         return self.teacher.loss(prediction, x0, noise, log_sigma, labels)
+
+    def facts(self) -> dict[str, Any]:
+        blocks = {"before": len(self.dense), "after": len(self.kept)}
+        return {"blocks": blocks, "parameters_before": self.dense_parameters}
 
     def publish(self, folder: Path) -> None:
         removed = {block: row["images"] for row in self.stages for block in row["remove"]}

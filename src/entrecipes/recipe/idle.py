@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from entrecipes.recipe.data import FolderData, HubData, PreparedData, WindowData
+from entrecipes.recipe.prune import UNMEASURED, EntPrunerSection, RankedKeys
 from entrecipes.recipe.schema import Recipe
 
 _WEIGHTING_KEYS = {"sigma_data": "edm", "min_snr_gamma": "min_snr", "p2_gamma": "p2", "p2_k": "p2"}
@@ -13,7 +14,7 @@ _METRIC_KEYS = ("features", "samples", "reference", "reference_samples")
 
 def idle_keys(recipe: Recipe) -> dict[str, str]:
     """Dotted keys without effect in this recipe, set or not, each with the reason."""
-    return dict([*_model(recipe), *_data(recipe), *_measuring(recipe)])
+    return dict([*_model(recipe), *_pruning(recipe), *_data(recipe), *_measuring(recipe)])
 
 
 def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -30,6 +31,27 @@ def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for i, stage in enumerate(getattr(recipe.blocks, "stages", ())):
         if stage.from_images >= images:
             yield f"blocks.stages.{i}", f"when it starts after the run's {images} images"
+
+
+def _pruning(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    prune = recipe.prune
+    if not isinstance(prune, RankedKeys):
+        return
+    votes = prune.vote if isinstance(prune, EntPrunerSection) else None
+    if prune.score in UNMEASURED:
+        yield "prune.rerank", f"with score: {prune.score}"
+        yield "prune.draws.noise_levels", f"with score: {prune.score}"
+        if votes is None:
+            yield "prune.draws.images", f"with score: {prune.score}"
+            yield "prune.draws.seed", f"with score: {prune.score}"
+    if prune.score != "information":
+        yield "prune.draws.gate_pivot", f"with score: {prune.score}"
+    if votes and not votes.ntk:
+        yield "prune.vote.samples", "with vote.ntk: 0"
+    if votes and not votes.zico and not (votes.cost and votes.measure == "seconds"):
+        yield "prune.vote.batches", "with vote.zico: 0"
+    if votes and not votes.cost:
+        yield "prune.vote.measure", "with vote.cost: 0"
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from entrecipes.recipe.base import Count, Section, register, union
 from entrecipes.recipe.evaluation import HeldOut
 
 PRUNING, ENTPRUNER = "entrecipes.blocks.pruning", "entrecipes.blocks.entpruner"
-PAPER = "EntPruner (arXiv 2511.21377)"
+PAPER = "EntPruner (arXiv 2511.21122)"
 
 ScoreName = Literal[
     "information",
@@ -29,6 +29,8 @@ ScoreName = Literal[
     "random",
     "spread",
 ]
+UNMEASURED = ("random", "spread")
+"""Rankings that measure nothing: by chance (the run's seed), and evenly spaced (BK-SDM's "oracle" pattern)."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -97,7 +99,7 @@ class RankedKeys(PruneKeys):
             raise ValueError(
                 f"cap: of {self.cap[0]} blocks at most {self.cap[1]} go; take [size, most], 1 <= most <= size"
             )
-        if self.scores and self.score in ("random", "spread"):
+        if self.scores and self.score in UNMEASURED:
             raise ValueError(f"scores: has no effect with score: {self.score}, which measures nothing")
         return self
 

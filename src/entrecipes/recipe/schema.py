@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
-from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection
+from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, StagedBlocksSection
 from entrecipes.recipe.data import DataSection, WindowData
 from entrecipes.recipe.evaluation import Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
@@ -55,6 +57,9 @@ class Recipe(Section):
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
         problems += self._kind_problems()
+        if self.prune.type != "none" and isinstance(self.blocks, StagedBlocksSection):
+            numbered = [name for stage in self.blocks.stages for name in stage.train if re.search(r"\d", name)]
+            problems += [f"blocks: '{name}' names a block by number, which prune changes" for name in numbered]
         if getattr(self.noise, "warmup", None) and self.noise.warmup >= training.images:
             problems.append("noise.warmup: lasts the whole run, so that nothing would be learned; make it shorter")
         if problems:
