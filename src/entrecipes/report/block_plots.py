@@ -42,27 +42,36 @@ def plot_blocks(*axes_and_report: Axes | BlockReport) -> None:
         _bars(below, report, name)
         below.set_xlabel(unit)
     for first in (axes[0], axes[COLUMNS]):
-        first.set_ylabel("block")
-        first.set(ylim=(blocks - 0.5, -0.5), yticks=range(0, blocks, math.ceil(blocks / 16)))
+        block_axis(first, blocks)
     _legend(axes[0].figure, report)
 
 
-def _map(axes: Axes, report: BlockReport, name: str) -> None:
-    from matplotlib.colors import AsinhNorm, LinearSegmentedColormap
-    from matplotlib.ticker import MaxNLocator
+def block_axis(axes: Axes, blocks: int) -> None:
+    """Blocks down the y axis, the first on top."""
+    axes.set(ylabel="block", ylim=(blocks - 0.5, -0.5), yticks=range(0, blocks, math.ceil(blocks / 16)))
 
-    table, log_sigma = report.scores.by_level(name).numpy(), report.scores.log_sigma.numpy()
+
+def signed_map(axes: Axes, x: np.ndarray, table: np.ndarray) -> None:
+    """A table of blocks x places on the x axis in colours, orange below 0 and blue above; NaN stays white."""
+    from matplotlib.colors import AsinhNorm, LinearSegmentedColormap
+
     most = _largest(table)
     steps = [ORANGE, "#eab98f", "white", *STEPS]
     places = [0, 0.25, 0.5, *np.linspace(0.625, 1, len(STEPS))]
     colours = LinearSegmentedColormap.from_list("signed", list(zip(places, steps, strict=True)))
     norm = AsinhNorm(linear_width=most * NEAR_ZERO, vmin=-most, vmax=most)
-    mesh = axes.pcolormesh(log_sigma, np.arange(len(table)), table, cmap=colours, norm=norm, shading="nearest")
+    mesh = axes.pcolormesh(x, np.arange(len(table)), table, cmap=colours, norm=norm, shading="nearest")
     bar = axes.figure.colorbar(mesh, ax=axes, location="bottom", pad=0.02, aspect=14, ticks=[-most, 0, most])
     bar.outline.set_visible(False)
     bar.ax.set_xticklabels([_short(-most), "0", _short(most)], fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
     axes.grid(False)
+
+
+def _map(axes: Axes, report: BlockReport, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    signed_map(axes, report.scores.log_sigma.numpy(), report.scores.by_level(name).numpy())
+    axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
 
 
 def _bars(axes: Axes, report: BlockReport, name: str) -> None:
@@ -91,7 +100,7 @@ def _legend(figure: Figure, report: BlockReport) -> None:
 
 
 def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max()) or 1.0
+    return float(np.nanmax(np.abs(values))) or 1.0
 
 
 def _short(value: float) -> str:

@@ -84,13 +84,10 @@ class BlockReport:
         for name, blocks in groupby(enumerate(self.scores.paths), key=lambda pair: pair[1].rpartition(".")[0]):
             numbers = [index for index, _ in blocks]
             lists.append(f"{numbers[0]} to {numbers[-1]} are {name}")
-        reasons: dict[str, list[int]] = {}
-        for index, why in sorted(self.selection.protected.items()):
-            reasons.setdefault(why, []).append(index)
         pivot = self.scores.gate_pivot
         return {
             "blocks": ", ".join(lists),
-            "stay": "; ".join(f"{', '.join(map(str, indices))}: {why}" for why, indices in reasons.items()) or "none",
+            "stay": reasons(self.selection.protected) or "none",
             "noise levels": f"weighted as the training draws them: {self.weights_note}",
             "information": f"gated at sigma {pivot:g}; its noise levels have no other weights"
             if pivot
@@ -168,6 +165,14 @@ class BlockReport:
             "removes": {name: self.removes(name) for name in self.values},
             "warnings": self.warnings(),
         }
+
+
+def reasons(stays: Mapping[int, str]) -> str:
+    """Blocks that can't go, and why, one reason after another."""
+    found: dict[str, list[int]] = {}
+    for index, why in sorted(stays.items()):
+        found.setdefault(why, []).append(index)
+    return "; ".join(f"{', '.join(map(str, indices))}: {why}" for why, indices in found.items())
 
 
 def _ranks(values: list[float]) -> list[int]:

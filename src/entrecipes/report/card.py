@@ -14,6 +14,8 @@ from entrecipes.evaluation.result import Metric
 from entrecipes.report import facts
 from entrecipes.report.noise_plots import draw_noise_plots
 from entrecipes.report.plots import draw_plots
+from entrecipes.report.prune_plots import draw_prune_plots
+from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -42,7 +44,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     folder = RunFolder(folder)
     run, metrics = folder.run, facts.metrics(folder)
     pipeline = folder.path / "pipeline"
-    plots = draw_plots(folder) | draw_noise_plots(folder)
+    plots = draw_plots(folder) | draw_noise_plots(folder) | draw_prune_plots(folder)
     if folder.samples:
         (folder.path / "assets").mkdir(exist_ok=True)
         plots["samples"] = Path(shutil.copyfile(folder.samples[-1][1], folder.path / "assets" / "samples.png"))
@@ -59,6 +61,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         local=repo_id is None,
         held_out=facts.held_out_text(folder),
         noise_schedule=facts.noise_schedule_text(folder),
+        pruning=pruned(folder),
         tables={
             "Data": facts.data_rows(run),
             "Speed and memory": facts.speed_rows(run),

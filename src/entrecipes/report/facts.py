@@ -135,6 +135,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def flops(value: float) -> str:
+    """`321.3 MFLOP`, operations of floating-point arithmetic."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{number(value / limit)} {prefix}FLOP"
+    return f"{number(value)} FLOP"
+
+
 def duration(seconds: float | None) -> str | None:
     """`3 min 20 s`."""
     if seconds is None:

@@ -10,6 +10,8 @@ import jinja2
 from entrecipes.report import facts
 from entrecipes.report.noise_plots import draw_noise_plots
 from entrecipes.report.plots import draw_plots
+from entrecipes.report.prune_plots import draw_prune_plots
+from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
 EARLIER_GRIDS = 5
@@ -26,6 +28,7 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = RunFolder(folder)
     run = folder.run if folder.has("run.json") else None
+    plots = draw_plots(folder) | draw_noise_plots(folder) | draw_prune_plots(folder)
     samples = [(label, embedded(path)) for label, path in folder.samples]
     html = template("report.html.jinja").render(
         name=run["name"] if run else folder.path.resolve().name,
@@ -37,7 +40,8 @@ def write_report(folder: str | Path) -> Path:
         noise_schedule=facts.noise_schedule_text(folder),
         samples=samples[-1:],
         earlier_samples=_spread(samples[:-1], EARLIER_GRIDS),
-        plots={name: embedded(path) for name, path in (draw_plots(folder) | draw_noise_plots(folder)).items()},
+        pruning=pruned(folder),
+        plots={name: embedded(path) for name, path in plots.items()},
         events=folder.metrics("start", "event"),
         last=(folder.metrics("train") or [None])[-1],
         recipe=folder.recipe_text.strip() if folder.has("recipe.source.yaml") else None,

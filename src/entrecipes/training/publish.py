@@ -74,6 +74,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
         "precision": recipe.training.precision,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        **run.pruner.facts(),
         "seconds_training": run.window.total_seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "peak_memory_gib": peak_gib,
