@@ -119,6 +119,8 @@ def test_what_speaks_against_removing_blocks() -> None:
     assert found.warnings("taylor", [0, 2], weights=torch.tensor([0.0, 1.0, 1.0])) == []
     (by_weight,) = found.warnings("taylor", [0, 2], weights=torch.tensor([1.0, 0.0, 0.0]))
     assert "block 0" in by_weight
+    harmless = scores(skipped=found.skipped | {"loss": table([1, 2, 3], [1, 2, 3], [1, 2, 3])})
+    assert harmless.warnings("taylor", [0, 1, 2]) == []
     gone = scores(skipped=found.skipped | {"loss": table([2, 2, 3], [math.nan] * 3, [1.5, 2.5, 3.5])})
     assert "block 2" in gone.warnings("taylor", [2])[0], "a block that is gone matters no more"
 

@@ -142,7 +142,7 @@ class BlockScores:
         return [
             f"{name} would remove block {index}, whose loss rise ({rise[index]:.3g}) is among the highest third"
             for index in blocks
-            if index in important
+            if index in important and rise[index] > 0
         ]
 
     def check_fits(self, model: str, data: str, place: str) -> None:

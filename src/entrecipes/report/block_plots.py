@@ -85,7 +85,7 @@ def _bars(axes: Axes, report: BlockReport, name: str) -> None:
     axes.axvline(0, color=INK, linewidth=0.6)
     most = _largest(values)
     axes.set_xscale("asinh", linear_width=most * NEAR_ZERO)
-    ends = [end for end in (values.min(), values.max()) if abs(end) > most / 10]
+    ends = [end for end in (min(0, values.min()), max(0, values.max())) if abs(end) > most / 10]
     axes.set_xticks([0, *ends], ["0", *map(_short, ends)])
     axes.minorticks_off()
     axes.grid(axis="y", visible=False)
