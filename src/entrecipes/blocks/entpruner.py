@@ -104,7 +104,7 @@ class StagedPruning(Pruning):
             places = torch.randperm(count, generator=torch.Generator().manual_seed(self.subject.seed)).tolist()
             return dict(enumerate(map(float, places)))
         if section.score == "spread":
-            return _spread(count, self.target)
+            return spread(count, self.target)
         if self.given and not self.stages and not going:
             scores = self.given
         else:
@@ -169,7 +169,7 @@ class StagedPruning(Pruning):
         return (self.subject.objective(prediction, target, log_sigma)[0] * factor).mean()
 
 
-def _spread(count: int, target: int) -> dict[int, float]:
+def spread(count: int, target: int) -> dict[int, float]:
     """Every so-manieth block goes: the "oracle" pattern of BK-SDM (Kim et al. 2024), which keeps them evenly spaced."""
     kept = {round(place * (count - 1) / max(1, count - target - 1)) for place in range(count - target)}
     gone = [index for index in range(count) if index not in kept]
