@@ -78,8 +78,8 @@ def bars(pixels: np.ndarray, colour: str) -> int:
     """Runs of a colour down the first column of bars, at the left end of each bar."""
     inside = (np.abs(pixels - 255 * np.array(to_rgb(colour))) < 3).all(-1)
     below = inside[pixels.shape[0] // 2 : -80, :350]
-    rows = below.sum(1) > 8
-    rows = rows[:-4] & rows[4:]  # the line under the bars is thinner
+    # five in a row: the line under the bars is thinner
+    rows = np.lib.stride_tricks.sliding_window_view(below.sum(1) > 8, 5).all(-1)
     return int((rows[1:] & ~rows[:-1]).sum())
 
 
