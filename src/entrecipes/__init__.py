@@ -15,6 +15,7 @@ _LAZY = {
     "SequenceTransformer1DModel": "entrecipes.models.sequence",
     "SequencePipeline": "entrecipes.models.sequence",
     "score_blocks": "entrecipes.evaluation.scoring",
+    "apply_pruning": "entrecipes.blocks.own_loop",
 }
 
 
