@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +33,7 @@ from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.report.plots import save_grid
 from entrecipes.training.ema import EmaModel
+from entrecipes.training.launched import check_launch
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
 from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
@@ -71,7 +71,7 @@ class Run:
             project_dir=folder,
         )
         self.device = self.accelerator.device
-        self._check_processes()
+        check_launch(recipe.training, self.device, self.world_size)
 
         self.components = load_components(recipe.pipeline, training.seed)
         with self.accelerator.main_process_first():  # what the first one caches the others find
@@ -114,34 +114,6 @@ class Run:
     def world_size(self) -> int:
         """Processes that train together."""
         return self.accelerator.num_processes
-
-    def _check_processes(self) -> None:
-        """Refuse a launch that would go wrong silently, and a batch that can't be shared out."""
-        sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
-        if sharded:
-            raise UserError(
-                f"{sharded[0]}: the averaged model and exact checkpoints are not written for sharded weights yet; "
-                "launch with recipes/accelerate/ddp.yaml, or on one process"
-            )
-        if self.recipe.training.precision == "fp16" and self.device.type == "cpu":
-            raise UserError("training.precision: fp16 needs a GPU; on a CPU take bf16, or no")
-        training, launched = self.recipe.training, int(os.environ.get("WORLD_SIZE", 1))
-        if launched != self.world_size:
-            raise UserError(
-                f"{launched} processes were launched, but each believes to be one of {self.world_size}; on CPUs set "
-                "ACCELERATE_USE_CPU=true, or launch with recipes/accelerate/ddp.yaml"
-            )
-        if training.batch_size % self.world_size:
-            raise UserError(
-                f"training.batch_size: {training.batch_size} images can't be shared by {self.world_size} processes; "
-                f"take a multiple of {self.world_size}"
-            )
-        share = training.batch_size // self.world_size
-        if training.micro_batch_size and share % training.micro_batch_size:
-            raise UserError(
-                f"training.micro_batch_size: {training.micro_batch_size} does not divide a process's share of "
-                f"{share} images ({training.batch_size} over {self.world_size} processes)"
-            )
 
     def _facts(self) -> RunFacts:
         """What noise samplers may know, from a few hundred images."""

@@ -1,0 +1,48 @@
+"""How a run was launched: what would go wrong silently is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from entrecipes.errors import UserError
+from entrecipes.recipe.training import Training
+
+
+def check_launch(training: Training, device: torch.device, world_size: int) -> None:
+    """Refuse a launch that this trainer can't carry out, and a batch that can't be shared out.
+
+    Args:
+        training: The recipe's section.
+        device: Of this process.
+        world_size: Processes that train together.
+
+    Raises:
+        UserError: Naming what to launch or to set instead.
+    """
+    sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
+    if sharded:
+        raise UserError(
+            f"{sharded[0]}: the averaged model and exact checkpoints are not written for sharded weights yet; "
+            "launch with recipes/accelerate/ddp.yaml, or on one process"
+        )
+    if training.precision == "fp16" and device.type == "cpu":
+        raise UserError("training.precision: fp16 needs a GPU; on a CPU take bf16, or no")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != world_size:
+        raise UserError(
+            f"{launched} processes were launched, but each believes to be one of {world_size}; on CPUs set "
+            "ACCELERATE_USE_CPU=true, or launch with recipes/accelerate/ddp.yaml"
+        )
+    if training.batch_size % world_size:
+        raise UserError(
+            f"training.batch_size: {training.batch_size} images can't be shared by {world_size} processes; "
+            f"take a multiple of {world_size}"
+        )
+    share = training.batch_size // world_size
+    if training.micro_batch_size and share % training.micro_batch_size:
+        raise UserError(
+            f"training.micro_batch_size: {training.micro_batch_size} does not divide a process's share of "
+            f"{share} images ({training.batch_size} over {world_size} processes)"
+        )
