@@ -86,7 +86,8 @@ def _bars(axes: Axes, report: BlockReport, name: str) -> None:
     most = _largest(values)
     axes.set_xscale("asinh", linear_width=most * NEAR_ZERO)
     ends = [end for end in (min(0, values.min()), max(0, values.max())) if abs(end) > most / 10]
-    axes.set_xticks([0, *ends], ["0", *map(_short, ends)])
+    ticks = [0, most / 10 if values.max() == most else -most / 10, *ends]  # the middle one shows that it is not linear
+    axes.set_xticks(ticks, ["0", *map(_short, ticks[1:])])
     axes.minorticks_off()
     axes.grid(axis="y", visible=False)
 
