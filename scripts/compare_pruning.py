@@ -31,6 +31,7 @@ from entrecipes.evaluation.scoring import Scoring
 from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
 from entrecipes.recipe.prune import Draws
+from entrecipes.report.comparison.tables import Table
 from entrecipes.training.loop import train
 from entrecipes.training.run import Run
 
@@ -161,22 +162,40 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(found)
+    text = to_markdown(found)
+    print(text)
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
         (args.results / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.results / "results.md").write_text(text)
     return 0
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the tables."""
+def to_markdown(found: dict[str, Any]) -> str:
+    """The tables, means over seeds with the lowest and the highest."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = [f"`{found['command']}` ({versions})"]
     if "truth" in found:
-        for name, values in sorted(found["truth"]["spearman"].items(), key=lambda item: -statistics.mean(item[1])):
-            print(f"{name:18} {statistics.mean(values):6.2f}  ({min(values):.2f} to {max(values):.2f})")
-        print("seeds with each other", [round(value, 2) for value in found["truth"]["agreement"]])
-    for name, rows in sorted(found.get("arms", {}).items()):
-        nats = [row["nats"] for row in rows.values()]
-        print(f"{name:32} {statistics.mean(nats):8.2f} ({min(nats):.2f} to {max(nats):.2f})")
+        ranked = sorted(found["truth"]["spearman"].items(), key=lambda item: -statistics.mean(item[1]))
+        rows = [[name, spread(values, 2)] for name, values in ranked]
+        rows.append(["(one seed's costs with another's)", spread(found["truth"]["agreement"], 2)])
+        parts.append(Table("", ["score", "Spearman with what removing a block costs"], rows).to_markdown())
+    if "arms" in found:
+        nats = {name: [row["nats"] for row in rows.values()] for name, rows in found["arms"].items()}
+        pruned = [name.split() for name in nats if name != "dense"]
+        ratios = sorted({ratio for _, _, ratio in pruned}, key=float)
+        rows = [["dense", *[spread(nats["dense"], 1)] * len(ratios)]]
+        for schedule, score in dict.fromkeys((schedule, score) for schedule, score, _ in pruned):
+            cells = [nats.get(f"{schedule} {score} {ratio}") for ratio in ratios]
+            rows.append([f"{schedule}, {score}", *(spread(values, 1) if values else "" for values in cells)])
+        header = ["final held-out nats", *(f"{float(ratio):.0%} removed" for ratio in ratios)]
+        parts.append(Table("", header, rows).to_markdown())
+    return "\n\n".join(parts) + "\n"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean (lowest to highest)."""
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":
