@@ -179,8 +179,10 @@ def in_turns(
 
 
 def in_fresh_process(args: argparse.Namespace, model_class: str, folder: str) -> dict[int, int]:
-    """`peak_memory` where nothing else was loaded before."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """`peak_memory` where libraries were imported, and nothing else was done before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["entrecipes.training.publish", "diffusers.pipelines.dit.pipeline_dit"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(peak_memory, args, model_class, folder).result()
 
 
