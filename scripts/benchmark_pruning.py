@@ -28,8 +28,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from entrecipes.blocks.entpruner import spread
 from entrecipes.blocks.own_loop import apply_pruning
@@ -40,6 +38,7 @@ from entrecipes.diffusion.families import Family, family_of
 from entrecipes.diffusion.pipelines import Components, best_device, load_components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.generation import balanced_labels, generate
+from entrecipes.information import proxies
 from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import flops, number
@@ -143,16 +142,11 @@ def prepare(args: argparse.Namespace) -> torch.device:
 
 
 def forward_flops(parts: Components) -> int:
-    """Operations of one forward pass with one sample.
-
-    Counted with plain attention, because PyTorch counts nothing for the fused one on CPUs; they are the same.
-    """
+    """Operations of one forward pass with one sample."""
     x0 = torch.zeros(1, parts.model.config.in_channels, *[parts.model.config.sample_size] * 2)
     labels = torch.zeros(1, dtype=torch.long) if parts.family.num_classes(parts.model) else None
     denoiser = Denoiser(parts.model.eval(), parts.family, parts.path)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        denoiser(x0, x0, torch.zeros(1), labels)
-    return counter.get_total_flops()
+    return proxies.flops(lambda: denoiser(x0, x0, torch.zeros(1), labels))
 
 
 def call(args: argparse.Namespace, pipeline: DiffusionPipeline, family: Family, batch: int) -> float:

@@ -184,5 +184,5 @@ def test_a_number_that_is_not_finite_ranks_last_and_is_null_in_json():
     result = vote([Candidate(1.0, math.nan, math.inf), Candidate(1.0, math.inf, -math.inf), Candidate(1.0, 9.0, -5.0)])
     assert result.ranks == ((1, 2, 2), (1, 2, 2), (1, 1, 1)) and result.winner == 2
     row = json.loads(json.dumps(result.to_row(), allow_nan=False))
-    assert row["candidates"][0] == {"seconds": 1.0, "kappa": None, "zico": None}
+    assert row["candidates"][0] == {"cost": 1.0, "kappa": None, "zico": None}
     assert row["ranks"][2] == [1, 1, 1] and row["totals"] == [3.0, 3.0, 2.0] and row["winner"] == 2

@@ -30,9 +30,9 @@ from entrecipes.training.run import Run
 VOTE = {
     "remove": [[], [2], [2, 4]],
     "candidates": [
-        {"seconds": 3.0e8, "kappa": 60.5, "zico": 0.4},
-        {"seconds": 2.5e8, "kappa": None, "zico": 0.5},
-        {"seconds": 2.0e8, "kappa": 31.25, "zico": 0.75},
+        {"cost": 3.0e8, "kappa": 60.5, "zico": 0.4},
+        {"cost": 2.5e8, "kappa": None, "zico": 0.5},
+        {"cost": 2.0e8, "kappa": 31.25, "zico": 0.75},
     ],
     "ranks": [[3, 2, 3], [2, 3, 2], [1, 1, 1]],
     "totals": [5.5, 4.5, 2.0],
@@ -93,7 +93,7 @@ def test_tables_give_each_block_its_score_and_rank_and_each_vote_its_winner(stag
         ["2, 4", "200 MFLOP (1)", "31.25 (1)", "0.75 (1)", "2", "won"],
     ]
     staged.section["vote"] = WEIGHTS | {"measure": "seconds"}
-    staged.stages[0]["vote"]["candidates"][0] = {"seconds": 0.125, "kappa": 1.0, "zico": 1.0}
+    staged.stages[0]["vote"]["candidates"][0] = {"cost": 0.125, "kappa": 1.0, "zico": 1.0}
     assert staged.tables()[1].rows[0][2] == "0.125 s (3)"
     del staged.stages[0]["scores"]["2"]  # ranked again after every block
     assert staged.tables()[0].rows[0][3:] == ["of an earlier ranking", ""]

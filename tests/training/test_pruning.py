@@ -146,7 +146,7 @@ def test_the_vote_can_wait_and_the_last_stage_meets_the_target():
     vote |= {"cost": 1.0}  # only cost counts: the most removal wins
     run = trained(pruned({"type": "entpruner", "score": "random", "stages": 3, "until": 0.6, "vote": vote}))
     assert [len(row["remove"]) for row in run.pruner.stages] == [2, 1]
-    costs = [one["seconds"] for one in run.pruner.stages[0]["vote"]["candidates"]]
+    costs = [one["cost"] for one in run.pruner.stages[0]["vote"]["candidates"]]
     assert costs == sorted(costs, reverse=True) and costs[2] < costs[0]
     timed = pruned({"type": "entpruner", "score": "random", "stages": 2, "vote": {**VOTE, "measure": "seconds"}})
     assert len(trained(timed).pruner.kept) == 3

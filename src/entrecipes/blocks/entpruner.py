@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from entrecipes.blocks.pruning import Pruning, Scoring, Subject
 from entrecipes.blocks.scores import BlockScores, model_fingerprint
 from entrecipes.blocks.selection import Selection
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.errors import UserError
-from entrecipes.information.proxies import Candidate, Vote, ntk_condition, vote, zico
+from entrecipes.information.proxies import Candidate, Vote, flops, ntk_condition, vote, zico
 from entrecipes.recipe.prune import EntPrunerSection, RankedKeys, StagedKeys
 
 
@@ -71,7 +70,9 @@ class StagedPruning(Pruning):
             record["vote"] = {"remove": candidates, **ballot.to_row()}
             found = candidates[ballot.winner]
         record |= {"remove": found, "seconds": time.perf_counter() - start}
-        return self.subject.agree(record)
+        record = self.subject.agree(record)
+        self.values = _values(record)
+        return record
 
     def _numbers(self, stage: int) -> list[int]:
         """How many blocks each candidate of a stage removes, the fewest first."""
@@ -93,7 +94,8 @@ class StagedPruning(Pruning):
         order: list[int] = []
         while len(order) < number:
             if again != "never" or not self.values:
-                self.values = self._rank(order)
+                before = self.values if order else {}  # what those scored that have gone since this stage began
+                self.values = {**before, **self._rank(order)}
             order += self.selection.lowest(self.values, 1 if again == "block" else number, [*gone, *order])
         return order
 
@@ -110,10 +112,7 @@ class StagedPruning(Pruning):
         else:
             gone, gradients = self.here(going), section.score == "taylor"
             scores = self.scoring.measure(self.stack.model, gone=gone, gradients=gradients)
-        weights = (
-            self.scoring.weights(self.subject.noise) if len(scores.log_sigma) == section.draws.noise_levels else None
-        )
-        values = scores.score(section.score, weights).tolist()
+        values = scores.score(section.score, self.scoring.weights(self.subject.noise)).tolist()
         return {index: values[here] for here, index in enumerate(self.kept) if index not in going}
 
     def _given(self) -> BlockScores:
@@ -128,7 +127,7 @@ class StagedPruning(Pruning):
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         changed = super().load_state_dict(state)
         if self.stages:
-            self.values = {int(index): value for index, value in self.stages[-1]["scores"].items()}
+            self.values = _values(self.stages[-1])
         return changed
 
     @cached_property
@@ -145,7 +144,7 @@ class StagedPruning(Pruning):
         found = []
         for candidate in candidates:
             with self.stack.skipped(*self.here(candidate)):
-                cost = _seconds(batches) if weights.measure == "seconds" else _flops(batches[0])
+                cost = _seconds(batches) if weights.measure == "seconds" else float(flops(batches[0]))
                 found.append(Candidate(cost, ntk_condition(model, samples), zico(model, batches)))
         return vote(found, (weights.cost, weights.ntk, weights.zico))
 
@@ -177,11 +176,9 @@ def spread(count: int, target: int) -> dict[int, float]:
     return {index: float(place) for place, index in enumerate(order)}
 
 
-def _flops(loss: Callable[[], Tensor]) -> float:
-    """Operations of a forward pass."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        loss()
-    return float(counter.get_total_flops())
+def _values(record: dict[str, Any]) -> dict[int, float]:
+    """The scores of a stage's record by block."""
+    return {int(index): value for index, value in record["scores"].items()}
 
 
 def _seconds(losses: list[Callable[[], Tensor]]) -> float:

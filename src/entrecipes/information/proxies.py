@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from entrecipes.errors import UserError
 
@@ -114,17 +116,27 @@ def zico(model: nn.Module, batch_losses: Losses, reduction: Literal["mean", "sum
     return sum(scores) / len(scores) if reduction == "mean" else sum(scores)
 
 
+def flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of what a call computes, without gradients.
+
+    Attention is counted in its plain form, since torch's counter knows no operations of the fused kernels of CPUs.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What the vote knows of a network.
 
     Args:
-        seconds: Time of a training step, or any other cost.
+        cost: Operations of a forward pass, seconds of a training step, or any other cost.
         kappa: From `ntk_condition`.
         zico: From `zico`.
     """
 
-    seconds: float
+    cost: float
     kappa: float
     zico: float
 
@@ -135,7 +147,7 @@ class Vote:
 
     Args:
         candidates: Who stood.
-        ranks: Of each its ranks by seconds, kappa and zico; 1 is the best.
+        ranks: Of each its ranks by cost, kappa and zico; 1 is the best.
         totals: Of each the weighted sum of its ranks.
         winner: Index of the smallest total, the first one of equals.
     """
@@ -156,14 +168,14 @@ class Vote:
 
 
 def vote(candidates: Sequence[Candidate], weights: tuple[float, float, float] = (1.0, 0.5, 0.5)) -> Vote:
-    """Rank the candidates by seconds (less is better), kappa (less) and zico (more), and add up the ranks.
+    """Rank the candidates by cost (less is better), kappa (less) and zico (more), and add up the ranks.
 
     With the default weights, time counts as much as both proxies together: where both rank the candidates against
     time, all totals are equal and the first candidate wins. So put the one to fall back on first.
 
     Args:
         candidates: At least one.
-        weights: Of the ranks by seconds, kappa and zico.
+        weights: Of the ranks by cost, kappa and zico.
 
     Raises:
         UserError: Without candidates.
@@ -171,7 +183,7 @@ def vote(candidates: Sequence[Candidate], weights: tuple[float, float, float] = 
     if not candidates:
         raise UserError("vote: nobody stands; pass at least one candidate")
     columns = (
-        [row.seconds for row in candidates],
+        [row.cost for row in candidates],
         [row.kappa for row in candidates],
         [-row.zico for row in candidates],
     )

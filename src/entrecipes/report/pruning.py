@@ -121,13 +121,13 @@ class PrunedRun:
 
     def _votes(self) -> Table:
         weights = self.section.get("vote", {})
-        cost = flops if weights.get("measure", "flops") == "flops" else lambda seconds: f"{number(seconds)} s"
+        cost = flops if weights.get("measure", "flops") == "flops" else lambda value: f"{number(value)} s"
         rows = []
         for stage in (stage for stage in self.stages if "vote" in stage):
             vote = stage["vote"]
             for index, gone in enumerate(vote["remove"]):
                 stood, ranks = vote["candidates"][index], vote["ranks"][index]
-                values = [cost(stood["seconds"]), *(_finite(stood[name]) for name in ("kappa", "zico"))]
+                values = [cost(stood["cost"]), *(_finite(stood[name]) for name in ("kappa", "zico"))]
                 cells = [f"{value} ({rank})" for value, rank in zip(values, ranks, strict=True)]
                 won = "won" if index == vote["winner"] else ""
                 rows.append([str(stage["stage"]), _numbered(gone) or "none", *cells, f"{vote['totals'][index]:g}", won])
