@@ -120,6 +120,12 @@ def test_every_score_computed_anew(family: str) -> None:
 
 
 @torch.no_grad()
+def shift_of_the_mean(difference: Tensor) -> Tensor:
+    """Root of an unbiased estimate of the squared mean, over elements: their mean's own variance is taken off."""
+    variance = difference.var(0) / len(difference)
+    return (difference.mean(0).square() - variance).mean().clamp(min=0).sqrt()
+
+
 def naively(stack: BlockStack, index: int, draws: list[Draw]) -> dict[str, Tensor]:
     """One block's scores by level, from plain passes whose outputs are all kept."""
     full, without, targets, turned = [], [], [], []
@@ -149,7 +155,7 @@ def naively(stack: BlockStack, index: int, draws: list[Draw]) -> dict[str, Tenso
     return {
         "loss_rise": levels(lambda w, f, y: (w - y).square().mean() - (f - y).square().mean()),
         "output_distance": levels(lambda w, f, y: (w - f).square().mean()),
-        "mean_shift": levels(lambda w, f, y: (w.mean(0) - f.mean(0)).square().mean().sqrt() / f.std(correction=0)),
+        "mean_shift": levels(lambda w, f, y: shift_of_the_mean(w - f) / f.std(correction=0)),
         "bi": torch.stack(turned),
         "cei": pooled,
         "ced": pooled.abs(),

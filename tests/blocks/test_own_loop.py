@@ -56,7 +56,27 @@ def test_the_lowest_scores_go(pipeline):
     trial = apply_pruning(pipeline, scores=scores, score="bi", ratio=0.34)
     assert trial.removed == sorted(sorted(range(1, 5), key=lambda block: values[block])[:2])
     trial.undo()
-    assert apply_pruning(pipeline, scores=scores, score="bi", ratio=0.34, keep=[*range(4)]).removed == [4, 5]
+    with apply_pruning(pipeline, scores=scores, score="bi", ratio=0.34, keep=[*range(4)]) as trial:
+        assert trial.removed == [4, 5]
+
+
+def test_scores_of_other_weights_are_refused(pipeline):
+    scores = score_blocks(pipeline, torch.randn(4, 1, 8, 8), torch.arange(4), noise_levels=4)
+    with torch.no_grad():
+        pipeline.transformer.proj_out_2.weight.add_(1)
+    with pytest.raises(UserError, match="other weights.*trained_since"):
+        apply_pruning(pipeline, scores=scores)
+    apply_pruning(pipeline, scores=scores, trained_since=True).undo()
+
+
+def test_a_second_pruning_waits_for_the_first(pipeline):
+    before = output(pipeline)
+    first = apply_pruning(pipeline, [1, 3])
+    with pytest.raises(UserError, match="skipped already"):
+        apply_pruning(pipeline, [1, 4])
+    first.undo()
+    apply_pruning(pipeline, [1, 4]).undo()
+    assert torch.equal(output(pipeline), before)
 
 
 def test_mistakes_change_nothing(pipeline):
@@ -74,7 +94,7 @@ def test_mistakes_change_nothing(pipeline):
             apply_pruning(pipeline, *arguments, **options)
     assert torch.equal(output(pipeline), before)
     apply_pruning(pipeline, [2]).commit()
-    with pytest.raises(UserError, match="6 blocks, but the model has 5"):
+    with pytest.raises(UserError, match="6 other blocks than the model's 5"):
         apply_pruning(pipeline, scores=scores)
     with pytest.raises(UserError, match="UNet2DModel"):
         apply_pruning(UNet2DModel(8, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2,

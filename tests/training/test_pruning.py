@@ -33,6 +33,15 @@ def pruned(prune: dict, **sections) -> Recipe:
     return tiny_recipe(DEEP, FLOW, prune=prune, **sections)
 
 
+def perturbed(run: Run) -> Run:
+    """A fresh DiT predicts 0 whatever is skipped (adaLN-Zero): random weights make every block do something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in run.model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return run
+
+
 def trained(recipe: Recipe, folder=None, until: int | None = None) -> Run:
     run = Run(recipe, folder)
     if until:
@@ -120,23 +129,42 @@ def test_every_score_can_rank():
         assert len(run.pruner.kept) == 3 and {0, 5} <= set(run.pruner.kept), score
 
 
-def test_the_lowest_scored_blocks_go_and_rankings_are_made_anew():
-    run = Run(pruned({"type": "linear", "score": "information", "stages": 3, "until": 0.6}), None)
-    train(run)
-    for row in run.pruner.stages:
-        free = {int(block): value for block, value in row["scores"].items() if block not in "05"}
-        assert row["remove"] == [min(free, key=free.get)]
-    assert len(run.pruner.stages[0]["scores"]) == 6 and len(run.pruner.stages[2]["scores"]) == 4
-
-
-def test_what_is_removed_scores_lowest_by_an_independent_measurement():
-    recipe = pruned({"type": "one_shot", "score": "loss_rise", "ratio": 0.34})
-    run = Run(recipe, None)
+def measured(run: Run, gone: list[int], score: str) -> dict[int, float]:
+    """The score of every block that is left, by its number in the dense model, measured as a user would."""
     scoring = Scoring.on_training_images(Draws(**DRAWS), run.components, run.data, run.device)
-    rise = scoring.measure(run.model, gradients=False).score("loss_rise", scoring.weights(run.noise))
-    expected = sorted(range(1, 5), key=lambda block: rise[block])[:2]
+    values = scoring.measure(run.model, gone, gradients=score == "taylor").score(score, scoring.weights(run.noise))
+    return dict(zip(run.pruner.kept, values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("score", ["loss_rise", "information", "bi", "ced", "mean_shift", "taylor"])
+def test_what_is_removed_scores_lowest_by_an_independent_measurement(score):
+    run = perturbed(Run(pruned({"type": "one_shot", "score": score, "ratio": 0.34}), None))
+    values = measured(run, [], score)
+    assert len({round(value, 9) for value in values.values()}) == 6, "blocks must differ for the order to mean anything"
     run.advance_blocks()
-    assert run.pruner.stages[0]["remove"] == expected
+    assert run.pruner.stages[0]["remove"] == sorted(range(1, 5), key=values.get)[:2]
+    assert run.pruner.stages[0]["scores"] == {str(block): value for block, value in values.items()}
+
+
+@pytest.mark.parametrize("rerank", ["stage", "block", "never"])
+def test_rankings_are_made_anew_as_often_as_the_recipe_says(rerank):
+    prune = {"type": "linear", "score": "output_distance", "stages": 2, "until": 0.6, "ratio": 0.66, "rerank": rerank}
+    run = perturbed(Run(pruned(prune), None))
+    first = measured(run, [], "output_distance")
+    expected = sorted(range(1, 5), key=first.get)
+    if rerank == "block":
+        second = measured(run, [expected[0]], "output_distance")
+        assert [second[block] for block in expected[2:]] != [first[block] for block in expected[2:]]
+        expected[1:] = sorted(expected[1:], key=second.get)
+    run.images = 48
+    run.advance_blocks()
+    assert run.pruner.stages[0]["remove"] == expected[:2]
+    perturbed(run)
+    again = measured(run, [], "output_distance")
+    run.images = 96
+    run.advance_blocks()
+    values = first if rerank == "never" else again
+    assert run.pruner.stages[1]["remove"][0] == min(expected[2:], key=values.get)
 
 
 def test_the_vote_can_wait_and_the_last_stage_meets_the_target():
@@ -152,9 +180,10 @@ def test_the_vote_can_wait_and_the_last_stage_meets_the_target():
     assert len(trained(timed).pruner.kept) == 3
 
 
-def test_voting_and_scoring_leave_no_trace():
+@pytest.mark.parametrize("measure", ["flops", "seconds"])
+def test_voting_and_scoring_leave_no_trace(measure):
     """Between two steps a stage that removes nothing changes nothing."""
-    still = {**VOTE, "cost": 0.0, "ntk": 0.0, "zico": 0.0}
+    still = {**VOTE, "measure": measure, "cost": 0.0, "ntk": 0.0, "zico": 0.0}
     quiet = pruned({"type": "entpruner", "score": "taylor", "stages": 2, "until": 0.99, "vote": still, "rewarmup": 0})
     plain, waiting = Run(pruned({"type": "none"}), None), Run(quiet, None)
     for run in (plain, waiting):
@@ -165,6 +194,29 @@ def test_voting_and_scoring_leave_no_trace():
     assert len(waiting.pruner.stages) == 1
     ours, theirs = state(plain), state(waiting)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_step_over_several_stages_meets_the_target():
+    prune = {"type": "linear", "score": "random", "stages": 4, "until": 0.8}
+    run = trained(pruned(prune, training={"images": 48, "batch_size": 24, "checkpoint_every": None}))
+    assert [row["stage"] for row in run.pruner.stages] == [2, 4] and len(run.pruner.kept) == 3
+
+
+def test_block_0_stays_where_training_sets_its_embedder_apart():
+    """A converted DiT has one embedder in all blocks: block 0 may go before training, not during it."""
+    late = {"type": "linear", "score": "random", "stages": 1, "keep": []}
+    runs = [Run(pruned(prune), None) for prune in ({**late, "until": 0.3}, {"type": "none"})]
+    assert "training sets" in runs[0].pruner.selection.protected[0]
+    shared = runs[1].model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in runs[1].model.transformer_blocks:
+        block.norm1.emb.load_state_dict(shared)
+    stack = BlockStack(runs[1].model)
+    assert not stack.blocks[0].pinned
+    with torch.no_grad():
+        runs[1].model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias.add_(1)
+    with pytest.raises(UserError, match="block 0 can't be removed"):
+        stack.remove([0])
+    assert len(runs[1].model.transformer_blocks) == 6
 
 
 def test_a_cap_spreads_the_removals():
@@ -198,10 +250,15 @@ def test_a_teacher_from_a_folder(tmp_path):
     run = Run(pruned({"type": "written", "remove": [2], "distill": distill}), None)
     assert len(run.pruner.teacher.denoiser.model.transformer_blocks) == 6
     assert run.pruner.state_dict()["teacher"] == {}, "a checkpoint does not hold what lies elsewhere"
-    narrow = {**DEEP, "config": {**DEEP["config"], "sample_size": 4}}
-    other = tiny_recipe(narrow, FLOW, prune={"type": "written", "remove": [2], "distill": distill})
-    with pytest.raises(UserError, match="prune.distill.teacher"):
-        Run(other, None)
+    for change, scheduler, message in (
+        ({"sample_size": 4}, FLOW, "sample size 8, not 4"),
+        ({"num_embeds_ada_norm": 12}, FLOW, "classes 1000, not 12"),
+        ({}, {"class": "DDIMScheduler"}, "prediction type flow"),
+    ):
+        model = {**DEEP, "config": {**DEEP["config"], **change}}
+        prune = {"type": "written", "remove": [2], "distill": distill}
+        with pytest.raises(UserError, match=f"prune.distill.teacher.*{message}"):
+            Run(tiny_recipe(model, scheduler, prune=prune), None)
 
 
 def test_what_was_removed_is_published(tmp_path):
@@ -245,21 +302,30 @@ def test_scores_of_another_model_or_data_set_are_refused(tmp_path):
     recipe = pruned({"type": "one_shot"})
     run = Run(recipe, None)
     scoring = Scoring.on_training_images(recipe.prune.draws, run.components, run.data, run.device)
-    scores = scoring.measure(run.model)
+    scores = scoring.measure(run.model, gradients=False)
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(scores.to_json()))
     given = {"type": "one_shot", "scores": str(path)}
-    expected = Run(pruned({"type": "one_shot"}), None)
-    fits = Run(pruned(given), None)
-    for one in (expected, fits):
-        one.advance_blocks()
-    assert expected.pruner.kept == fits.pruner.kept
+    fits = perturbed(Run(pruned(given), None))  # after the file was checked, so that a measurement would differ
+    fits.advance_blocks()
+    said = scores.score("loss_rise", scoring.weights(run.noise)).tolist()
+    assert fits.pruner.stages[0]["scores"] == {str(block): value for block, value in enumerate(said)}
     with pytest.raises(UserError, match="another model"):
         Run(pruned(given, training={"seed": 5}), None)
     with pytest.raises(UserError, match="another data"):
         Run(pruned(given, data={"type": "digits", "max_images": 100}), None)
-    with pytest.raises(UserError, match="other noise levels|another data"):
-        Run(pruned({**given, "draws": {**DRAWS, "noise_levels": 6}}), None)
+    for change, message in (
+        ({"draws": {**DRAWS, "noise_levels": 6}}, "other noise levels"),
+        ({"draws": {**DRAWS, "gate_pivot": 3.0}, "score": "information"}, "another gate"),
+        ({"score": "taylor"}, "without taylor of every block"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Run(pruned(given | change), None)
+    values = scores.to_json()
+    values["origin"]["gone"] = [2]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="without loss_rise of every block"):
+        Run(pruned(given), None)
 
 
 def test_a_pruned_model_saves_loads_and_prunes_again(tmp_path):

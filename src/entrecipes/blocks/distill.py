@@ -30,14 +30,10 @@ class Teacher:
         self.denoiser: Denoiser | None = None
         if section and section.teacher:
             found = load_components(Pipeline(pretrained=section.teacher), to_sample=False)
-            ours, theirs = (
-                {"family": part.family.model_class, "prediction": part.path.prediction_type, "path": part.path.name}
-                | {key: part.model.config[key] for key in ("sample_size", "in_channels") if key in part.model.config}
-                for part in (components, found)
-            )
-            if ours != theirs:
+            ours, theirs = _facts(components), _facts(found)
+            if differing := [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]:
                 raise UserError(
-                    f"prune.distill.teacher: {section.teacher} can't teach this model: it has {theirs}, not {ours}"
+                    f"prune.distill.teacher: {section.teacher} can't teach this model: it has {'; '.join(differing)}"
                 )
             self._follow(found.model.to(next(components.model.parameters()).device))
 
@@ -70,3 +66,18 @@ class Teacher:
         if state:
             self.before_removal()
             self.denoiser.model.load_state_dict(state)
+
+
+def _facts(components: Components) -> dict[str, Any]:
+    """What a teacher must share with its pupil."""
+    model, family, path = components.model, components.family, components.path
+    levels = torch.linspace(float(path.log_sigma_min), float(path.log_sigma_max), 5, dtype=torch.float64)
+    return {
+        "class": family.model_class,
+        "prediction type": path.prediction_type,
+        "path": path.name,
+        "timesteps": [round(float(timestep), 3) for timestep in path.timestep(levels)],
+        "sample size": model.config.sample_size,
+        "channels": family.channels(model),
+        "classes": family.num_classes(model),
+    }

@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entrecipes.blocks.pruning import Pruning, Scoring, Subject
 from entrecipes.blocks.scores import BlockScores, model_fingerprint
@@ -25,7 +25,7 @@ from entrecipes.blocks.selection import Selection
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.errors import UserError
 from entrecipes.information.proxies import Candidate, Vote, flops, ntk_condition, vote, zico
-from entrecipes.recipe.prune import EntPrunerSection, RankedKeys, StagedKeys
+from entrecipes.recipe.prune import UNMEASURED, EntPrunerSection, RankedKeys, StagedKeys
 
 
 class StagedPruning(Pruning):
@@ -36,32 +36,35 @@ class StagedPruning(Pruning):
     """
 
     def __init__(self, section: RankedKeys, subject: Subject) -> None:
-        super().__init__(section, subject)
+        staged = isinstance(section, StagedKeys)
+        stages = section.stages if staged else 1
+        self.due = [section.until * k / stages for k in range(1, stages + 1)] if staged else [section.at]
+        super().__init__(section, subject, trained=self.due[-1] > 0)
         try:
             self.selection = Selection(self.dense, section.keep, section.cap)
             self.target = self.selection.target(section.ratio)
         except UserError as error:
             raise UserError(f"prune.{error}") from error
-        staged = isinstance(section, StagedKeys)
-        stages = section.stages if staged else 1
-        self.due = [section.until * k / stages for k in range(1, stages + 1)] if staged else [section.at]
         self.values: dict[int, float] = {}
         """The score of each block when it was last measured."""
+        if section.score not in UNMEASURED or isinstance(section, EntPrunerSection):
+            _ = self.scoring  # refuses data that can't be scored on
         self.given = self._given() if section.scores else None
 
     # -- when and how many ------------------------------------------------------------------------------------------
 
     def choose(self, images: int) -> list[dict[str, Any]]:
-        due = sum(images >= share * self.subject.images for share in self.due)
+        due = sum(images >= share * self.subject.images for share in self.due)  # a long step may pass several
+        done = self.stages[-1]["stage"] if self.stages else 0
         met = len(self.dense) - len(self.kept) == self.target
-        return [self._stage()] if due > len(self.stages) and not met else []
+        return [self._stage(due)] if due > done and not met else []
 
-    def _stage(self) -> dict[str, Any]:
+    def _stage(self, stage: int) -> dict[str, Any]:
         """Rank, and let the candidates stand; the first process's finding counts for all."""
-        start, stage = time.perf_counter(), len(self.stages) + 1
+        start = time.perf_counter()
         numbers = self._numbers(stage)
         order = self._order(max(numbers))
-        scores = {str(index): value for index, value in sorted(self.values.items())}
+        scores = {str(index): value for index, value in sorted(self.values.items())} if order else {}
         record: dict[str, Any] = {"stage": stage, "score": self.section.score, "scores": scores}
         found = order[: numbers[0]]
         if len(numbers) > 1:
@@ -71,7 +74,7 @@ class StagedPruning(Pruning):
             found = candidates[ballot.winner]
         record |= {"remove": found, "seconds": time.perf_counter() - start}
         record = self.subject.agree(record)
-        self.values = _values(record)
+        self.values = _values([record]) or self.values
         return record
 
     def _numbers(self, stage: int) -> list[int]:
@@ -120,14 +123,18 @@ class StagedPruning(Pruning):
         scores, model = BlockScores.from_json(self.section.scores), self.stack.model
         place = f"prune.scores: {self.section.scores}"
         scores.check_fits(model_fingerprint(model), self.scoring.data_fingerprint, place)
-        if scores.log_sigma.tolist() != self.scoring.bundle.log_sigma.tolist():
-            raise UserError(f"{place}: measured at other noise levels; measure them again with `entrecipes score`")
+        draws, levels = self.section.draws, self.scoring.bundle.log_sigma
+        if scores.log_sigma.tolist() != levels.tolist() or scores.gate_pivot != draws.gate_pivot:
+            raise UserError(
+                f"{place}: measured at other noise levels, or with another gate; `entrecipes score` them again"
+            )
+        if scores.origin.get("gone") or self.section.score not in scores.names:
+            raise UserError(f"{place}: without {self.section.score} of every block; `entrecipes score` them again")
         return scores
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         changed = super().load_state_dict(state)
-        if self.stages:
-            self.values = _values(self.stages[-1])
+        self.values = _values(self.stages)
         return changed
 
     @cached_property
@@ -144,7 +151,7 @@ class StagedPruning(Pruning):
         found = []
         for candidate in candidates:
             with self.stack.skipped(*self.here(candidate)):
-                cost = _seconds(batches) if weights.measure == "seconds" else float(flops(batches[0]))
+                cost = _seconds(model, batches) if weights.measure == "seconds" else float(flops(batches[0]))
                 found.append(Candidate(cost, ntk_condition(model, samples), zico(model, batches)))
         return vote(found, (weights.cost, weights.ntk, weights.zico))
 
@@ -176,18 +183,17 @@ def spread(count: int, target: int) -> dict[int, float]:
     return {index: float(place) for place, index in enumerate(order)}
 
 
-def _values(record: dict[str, Any]) -> dict[int, float]:
-    """The scores of a stage's record by block."""
-    return {int(index): value for index, value in record["scores"].items()}
+def _values(stages: list[dict[str, Any]]) -> dict[int, float]:
+    """The latest scores in the stages' records, by block."""
+    latest = next((row["scores"] for row in reversed(stages) if row["scores"]), {})
+    return {int(index): value for index, value in latest.items()}
 
 
-def _seconds(losses: list[Callable[[], Tensor]]) -> float:
-    """Median time of a forward and backward pass, after one to warm up."""
-    times = []
+def _seconds(model: nn.Module, losses: list[Callable[[], Tensor]]) -> float:
+    """Median time of a forward and backward pass, after one to warm up; no gradient is left behind."""
+    weights, times = [weight for weight in model.parameters() if weight.requires_grad], []
     for loss in [losses[0], *losses]:
         start = time.perf_counter()
-        value = loss()
-        value.backward()
-        value.item()  # wait for the device
+        torch.autograd.grad(loss(), weights, materialize_grads=True)[-1].sum().item()  # which waits for the device
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

@@ -107,15 +107,16 @@ def _why_not_single(model: nn.Module) -> str:
     return f"its config has {numbering[0]}, which may number blocks" if numbering else ""
 
 
-def pins(model: nn.Module, layout: Layout) -> dict[str, str]:
-    """Paths of the modules that can't be removed, each with the reason."""
+def pins(model: nn.Module, layout: Layout, trained: bool = False) -> dict[str, str]:
+    """Paths of the modules that can't be removed, now or after more training, each with the reason."""
     pinned = {}
     for path in layout.counts:
         for i, block in enumerate(model.get_submodule(path)):
             if getattr(block, "context_pre_only", False):
                 pinned[f"{path}.{i}"] = "the class builds its last block without an output for the text"
-    if type(model).__name__ == "DiTTransformer2DModel" and not _same_embedders(model.transformer_blocks):
-        pinned["transformer_blocks.0"] = "the head reads its embedder (norm1.emb), and not all blocks have the same"
+    if type(model).__name__ == "DiTTransformer2DModel" and (trained or not _same_embedders(model.transformer_blocks)):
+        others = "training sets those of the blocks apart" if trained else "not all blocks have the same"
+        pinned["transformer_blocks.0"] = f"the head reads its embedder (norm1.emb), and {others}"
     if type(model).__name__ == "LatteTransformer3DModel":
         pinned["transformer_blocks.0"] = "the positions of frames are added between its two modules"
     if type(model).__name__ == "UNet2DConditionModel":

@@ -66,42 +66,28 @@ def measure_blocks(
     Raises:
         UserError: When a level has no draws or they are scattered, or a prediction is not finite.
     """
-    start, count, samples = time.perf_counter(), len(stack), 0
+    start, count = time.perf_counter(), len(stack)
     left = [index for index in range(count) if index not in gone]
-    tally: _Tally | None = None
-    taylor = _Taylor(stack) if gradients else None
+    tally, taylor = _Tally(count + 1, len(log_sigma)), _Taylor(stack) if gradients else None
     for draw in draws:
         with stack.skipped(*gone):
-            with stack.recorded() as calls:
-                full, target = draw.call()
-            tally = tally or _Tally(count + 1, len(log_sigma), full)
-            tally.add(count, draw.level, full, target, full)
-            for index in left:
-                before, after = stack.hidden_states(index, calls)
-                alike = cosine_similarity(before.double(), after.double(), dim=-1).mean()
-                tally.bi[index, draw.level] += len(full) * (1 - alike)
-                with stack.skipped(index, calls=calls):
-                    tally.add(index, draw.level, draw.call()[0], target, full)
+            _skip_each(stack, draw, left, tally)
             if taylor:
                 taylor.add(draw)
-        samples += len(full)
-    if tally is None:
-        raise UserError("there is nothing to score blocks on: no draws were given")
     every = tally.tables()
-    scale = x0_error_scale.double().cpu()
-    every["x0_error"] = every["loss"] * scale
-    every["mean_shift"] /= (every["square"][-1] - every["mean"][-1].square()).clamp(min=TINY).sqrt()
-    if not all(bool(table[[*left, count]].isfinite().all()) for table in every.values()):
-        raise UserError("a prediction without one of the blocks is not finite: the weights are damaged or overflow")
+    every["x0_error"] = every["loss"] * x0_error_scale.double().cpu()
     skipped = {key: table[:-1] for key, table in every.items()}
     fixed = {"magnitude": _magnitude(stack)} | ({"taylor": taylor.scores()} if taylor else {})
     for table in (*skipped.values(), *fixed.values()):
+        if not bool(table[left].isfinite().all()):
+            raise UserError("a prediction without one of the blocks is not finite: the weights are damaged or overflow")
         table[list(gone)] = torch.nan
+    samples = int(tally.samples.sum())
     passes = samples * (1 + sum(count - 1 - index for index in left) / count + (3 if gradients else 0))
     return BlockScores(
         paths=tuple(block.paths[0] for block in stack.blocks),
         log_sigma=log_sigma.double().cpu(),
-        dimensions=target[0].numel(),
+        dimensions=tally.shape,
         full={key: every[key][-1] for key in ("mean", "square", "loss", "x0_error")},
         skipped=skipped,
         fixed=fixed,
@@ -110,19 +96,37 @@ def measure_blocks(
     )
 
 
+def _skip_each(stack: BlockStack, draw: Draw, blocks: list[int], tally: _Tally) -> None:
+    """The full pass, and one without each block, which starts from what the full pass left behind."""
+    with stack.recorded() as calls:
+        full, target = draw.call()
+    tally.add(len(stack), draw.level, full, target, full)
+    for index in blocks:
+        before, after = stack.hidden_states(index, calls)
+        alike = cosine_similarity(before.double(), after.double(), dim=-1).mean()
+        tally.bi[index, draw.level] += len(full) * (1 - alike)
+        with stack.skipped(index, calls=calls):
+            tally.add(index, draw.level, draw.call()[0], target, full)
+
+
 class _Tally:
     """Sums over the draws of each noise level, a row for each block and the last for the full model; on the device."""
 
-    def __init__(self, rows: int, levels: int, prediction: Tensor) -> None:
-        zeros = prediction.new_zeros(rows, levels, dtype=torch.float64)
-        self.sums = {key: zeros.clone() for key in KEYS}
-        self.bi, self.shift = zeros.clone(), zeros.clone()
-        self.samples = zeros[0].clone()
+    def __init__(self, rows: int, levels: int) -> None:
+        self.rows, self.levels, self.shape = rows, levels, 0
         self.level, self.done = -1, set[int]()
-        self.rows, self.shape = rows, prediction[0].numel()
+
+    def _begin(self, prediction: Tensor) -> None:
+        """Everything lies where the predictions do."""
+        zeros = prediction.new_zeros(self.rows, self.levels, dtype=torch.float64)
+        self.sums = {key: zeros.clone() for key in KEYS}
+        self.bi, self.shift, self.samples = zeros.clone(), zeros.clone(), zeros[0].clone()
+        self.shape = prediction[0].numel()
 
     def add(self, row: int, level: int, prediction: Tensor, target: Tensor, full: Tensor) -> None:
         """Add a batch: a prediction, its target and the full model's prediction [n, ...]."""
+        if not self.shape:
+            self._begin(full)
         if level != self.level:
             self._finish_level()
             if level in self.done:
@@ -142,15 +146,26 @@ class _Tally:
         """The mean of each element can be compared only when all draws of a level are in."""
         if self.level >= 0:
             self.done.add(self.level)
-            self.shift[:, self.level] = (self.drift / self.samples[self.level]).square().mean(1).sqrt()
+            n = self.samples[self.level]
+            distance, shift = self.sums["output_distance"][:, self.level] / n, (self.drift / n).square().mean(1)
+            # a mean over n draws has a square of its own: the variance of the distance, over n
+            self.shift[:, self.level] = (shift - (distance - shift) / (n - 1).clamp(min=1)).clamp(min=0).sqrt()
 
     def tables(self) -> dict[str, Tensor]:
-        """Means over samples [rows, L] on the CPU; `mean_shift` is the root mean square over elements."""
+        """Means over samples [rows, L] on the CPU; `mean_shift` is the root mean square over elements, in standard
+        deviations of the full model's prediction.
+
+        Raises:
+            UserError: When a level has no draws.
+        """
+        if not self.shape:
+            raise UserError("there is nothing to score blocks on: no draws were given")
         self._finish_level()
         if missing := sorted(set(range(len(self.samples))) - self.done):
             raise UserError(f"there are no draws of noise level {missing[0]}; give some for each of log_sigma")
         means = {key: total / self.samples for key, total in (self.sums | {"bi": self.bi}).items()}
-        return {key: table.cpu() for key, table in (means | {"mean_shift": self.shift}).items()}
+        deviation = (means["square"][-1] - means["mean"][-1].square()).clamp(min=TINY).sqrt()
+        return {key: table.cpu() for key, table in (means | {"mean_shift": self.shift / deviation}).items()}
 
 
 class _Taylor:

@@ -5,23 +5,38 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
 
-from entrecipes.blocks.scores import BlockScores
+from entrecipes.blocks.scores import BlockScores, model_fingerprint
 from entrecipes.blocks.selection import Selection
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.errors import UserError
+
+_APPLIED: WeakSet[nn.Module] = WeakSet()
+"""Models in which blocks are skipped by an `AppliedPruning`."""
 
 
 class AppliedPruning:
     """Blocks that are skipped until `undo` or `commit`; also a context manager, which undoes at its end.
 
+    Until then, models compiled by torch run uncompiled.
+
     Attributes:
         removed: Indices of the blocks, in the order in which they run.
+
+    Raises:
+        UserError: When blocks of the model are skipped already.
     """
 
     def __init__(self, stack: BlockStack, removed: Iterable[int]) -> None:
+        if stack.model in _APPLIED:
+            raise UserError(
+                "apply_pruning: blocks of this model are skipped already; `undo()` or `commit()` that first"
+            )
+        _APPLIED.add(stack.model)
         self.removed = sorted(removed)
         self._stack, self._skipping = stack, ExitStack()
         self._skipping.enter_context(stack.skipped(*self.removed))
@@ -29,6 +44,7 @@ class AppliedPruning:
     def undo(self) -> None:
         """The model is as it was before, bit for bit."""
         self._skipping.close()
+        _APPLIED.discard(self._stack.model)
 
     def commit(self) -> None:
         """Take the blocks out for good: smaller in memory and on disk, saved and loaded as usual.
@@ -54,6 +70,7 @@ def apply_pruning(
     ratio: float = 0.5,
     keep: Collection[int] = (0, -1),
     cap: tuple[int, int] | None = None,
+    trained_since: bool = False,
 ) -> AppliedPruning:
     """Skip blocks of a pipeline's denoiser, named or chosen by a score; weights and state-dict keys stay as they are.
 
@@ -65,6 +82,7 @@ def apply_pruning(
         ratio: Share of the blocks, rounded to whole ones.
         keep: Blocks that stay whatever their score.
         cap: `(size, most)`: of each group of `size` neighbours at most `most` go.
+        trained_since: Take scores that were measured with other weights of this model.
 
     Raises:
         UserError: Unless one of `remove` and `scores` is given; for blocks that can't go; for too large a ratio.
@@ -76,8 +94,15 @@ def apply_pruning(
         model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     stack = BlockStack(model)
     if scores is not None:
-        if len(scores.paths) != len(stack):
-            raise UserError(f"scores: of {len(scores.paths)} blocks, but the model has {len(stack)}; measure it again")
+        if scores.paths != tuple(block.paths[0] for block in stack.blocks):
+            raise UserError(
+                f"scores: of {len(scores.paths)} other blocks than the model's {len(stack)}; measure it again"
+            )
+        if not trained_since and scores.origin.get("model_fingerprint") != model_fingerprint(stack.model):
+            raise UserError(
+                "scores: of a model with other weights; measure it again, or say trained_since=True if it is the same "
+                "model trained on"
+            )
         selection = Selection(stack.blocks, keep, cap)
         values = dict(enumerate(scores.score(score).tolist()))
         remove = selection.lowest(values, selection.target(ratio))

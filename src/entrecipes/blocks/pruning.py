@@ -120,9 +120,10 @@ class Pruning(Pruner):
         UserError: For a model without a stack of blocks, or a teacher that can't be had.
     """
 
-    def __init__(self, section: PruneKeys, subject: Subject) -> None:
+    def __init__(self, section: PruneKeys, subject: Subject, trained: bool = False) -> None:
+        """Args: `trained` says whether training goes on before the last removal."""
         self.section, self.subject = section, subject
-        self.stack = BlockStack(subject.components.model)
+        self.stack = BlockStack(subject.components.model, trained)
         self.dense = self.stack.blocks
         self.dense_parameters = sum(p.numel() for p in self.stack.model.parameters())
         self.kept = list(range(len(self.dense)))
@@ -160,7 +161,7 @@ class Pruning(Pruner):
 
     def rate(self, images: int) -> float:
         last = max((row["images"] for row in self.stages if row["remove"]), default=None)
-        warmup = self.section.rewarmup
+        warmup = self.subject.images // 100 if self.section.rewarmup is None else self.section.rewarmup
         return 1.0 if last is None or not warmup else min(1.0, (images - last + 1) / warmup)
 
     def distillation(

@@ -47,15 +47,16 @@ class BlockStack:
 
     Args:
         model: A diffusers model, or what `torch.compile` made of it. See `layouts.py` for the classes.
+        trained: Training goes on before blocks are removed, so that weights which are equal now may not be so then.
 
     Raises:
         UserError: For a model without a stack of blocks, or one whose blocks can't be missing one by one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = unwrap_module(model)
+    def __init__(self, model: nn.Module, trained: bool = False) -> None:
+        self.model, self._trained = unwrap_module(model), trained
         self._layout = layout_of(self.model)
-        pinned = pins(self.model, self._layout)
+        pinned = pins(self.model, self._layout, trained)
         paths = _block_paths(self.model, self._layout)
         self.blocks = tuple(
             Block(i, group, next((pinned[path] for path in group if path in pinned), ""))
@@ -89,6 +90,7 @@ class BlockStack:
             UserError: As `check_removable`, or when the class can't build what would be left; nothing is changed then.
         """
         indices = set(indices)
+        self.__init__(self.model, self._trained)  # weights that were equal may have been trained apart
         self.check_removable(indices)
         gone = {path for index in indices for path in self.blocks[index].paths}
         kept = {
@@ -106,7 +108,7 @@ class BlockStack:
         self.model.register_to_config(**config)
         if hasattr(self.model, "hf_device_map"):
             self.model.hf_device_map = _renumbered(self.model.hf_device_map, kept)
-        self.__init__(self.model)
+        self.__init__(self.model, self._trained)
 
     @contextlib.contextmanager
     def skipped(self, *indices: int, calls: Mapping[str, Call] | None = None) -> Iterator[None]:

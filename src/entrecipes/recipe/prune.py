@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -31,7 +31,6 @@ ScoreName = Literal[
 ]
 UNMEASURED = ("random", "spread")
 """Rankings that measure nothing: by chance (the run's seed), and evenly spaced (BK-SDM's "oracle" pattern)."""
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Draws(HeldOut):
@@ -62,8 +61,9 @@ class NoPruningSection(Section):
 class PruneKeys(Section):
     """Keys of every way to prune."""
 
-    rewarmup: Count = 500
-    """Images over which the learning rate rises again after each removal."""
+    rewarmup: Count | None = None
+    """Images over which the learning rate rises again after each removal; null: a hundredth of the run's. Multiplied
+    with the optimizer's own warm-up."""
     distill: Distillation | None = None
     """Learn from the dense model (TinyFusion: the largest gain at 50 %)."""
 
@@ -109,7 +109,7 @@ class OneShotSection(RankedKeys):
     """Remove all at once."""
 
     type: Literal["one_shot"] = "one_shot"
-    at: Share = 0.0
+    at: float = Field(0.0, ge=0, lt=1)
     """Share of the run's images after which it happens."""
 
 
@@ -132,7 +132,11 @@ class LinearPruningSection(StagedKeys):
 
 
 class Vote(Section):
-    """How the candidates of a stage are compared: by the sum of their weighted ranks."""
+    """How the candidates of a stage are compared: by the sum of their weighted ranks.
+
+    Neither proxy is neutral: of a network that has just lost blocks ZiCo is higher and the NTK's condition number is
+    worse, so that with these weights cost often decides.
+    """
 
     cost: float = Field(1.0, ge=0)
     """Weight of the rank by cost, the cheapest first."""

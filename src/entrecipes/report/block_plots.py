@@ -101,7 +101,7 @@ def _legend(figure: Figure, report: BlockReport) -> None:
 
 
 def _largest(values: np.ndarray) -> float:
-    return float(np.nanmax(np.abs(values))) or 1.0
+    return float(np.nan_to_num(np.abs(values)).max(initial=0)) or 1.0
 
 
 def _short(value: float) -> str:

@@ -115,8 +115,6 @@ class PrunedRun:
         if not self.score:
             return []
         value, values = stage["scores"].get(str(block)), stage["scores"].values()
-        if value is None:  # ranked again after every block: the row holds the last ranking
-            return ["of an earlier ranking", ""]
         return [number(value), f"{1 + sum(other < value for other in values)} of {len(values)}"]
 
     def _votes(self) -> Table:

@@ -47,8 +47,8 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
             label = labels if labels is None else labels[rows]
             prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], label)
             loss, x0_error = run.objective(prediction, target, level[rows])
-            loss = loss + run.pruner.distillation(prediction, x0[rows], noise[rows], level[rows], label)
-            run.accelerator.backward((loss * weight[rows]).sum() / len(x0))
+            taught = run.pruner.distillation(prediction, x0[rows], noise[rows], level[rows], label)
+            run.accelerator.backward(((loss + taught) * weight[rows]).sum() / len(x0))
         losses.append(loss.detach())
         x0_errors.append(x0_error)
     grad_norm = run.clip_gradients()

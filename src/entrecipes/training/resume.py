@@ -98,7 +98,7 @@ def resume(run: Run) -> Path | None:
 def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     run.images = state["run"]["images"]
     try:
-        if run.pruner.load_state_dict(state["prune"]):
+        if run.pruner.load_state_dict(state.get("prune", {})):
             run.wrap()
         run.model.load_state_dict(state["model"])
         if run.ema:
@@ -156,12 +156,12 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             f"{path}: already trained to image {images}, with other settings ({_said(changes)}). Go on with a larger "
             "training.images, or start anew with another training.output or training.resume=never."
         )
-    decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's
+    decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's, as pruning's stages are
     notices = [
         f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "
         "so it will not repeat an uninterrupted one bit for bit"
         for key, old, new in changes
-        if key != "training.images" or decays
+        if key != "training.images" or decays or recipe.prune.type not in ("none", "written")
     ]
     before = state["run"]["world_size"]
     if before != world_size:

@@ -106,7 +106,7 @@ class Run:
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check(self.eval_model)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
-        self.pruner = build("prune", recipe.prune, subject=self._subject())
+        self.pruner = build("prune", recipe.prune, subject=self.subject())
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -120,8 +120,10 @@ class Run:
         known = value_statistics(self.evaluator.clean(FACTS_IMAGES))
         return RunFacts(**known, images=self.recipe.training.images, weight=self.objective.weight)
 
-    def _subject(self) -> Subject:
+    def subject(self) -> Subject:
         """What a pruner may know and touch."""
+        share = self.recipe.training.batch_size // self.world_size
+        batch_size = self.recipe.training.micro_batch_size or share
         return Subject(
             components=self.components,
             copies=(self.ema.model,) if self.ema else (),
@@ -129,7 +131,9 @@ class Run:
             seed=self.recipe.training.seed,
             objective=self.objective,
             noise=self.noise,
-            scoring=lambda draws: Scoring.on_training_images(draws, self.components, self.data, self.device),
+            scoring=lambda draws: Scoring.on_training_images(
+                draws, self.components, self.data, self.device, batch_size
+            ),
             agree=lambda value: broadcast_object_list([value])[0],
         )
 
@@ -224,12 +228,12 @@ class Run:
     def advance_blocks(self) -> None:
         """Let blocks be removed, opened or closed; rebuild what depends on them when any was."""
         removals = self.pruner.advance(self.images)
-        events = [row["what"] for row in removals] + self.blocks.advance(self.images)
-        if events:
+        events = self.blocks.advance(self.images)
+        if events or any(row["remove"] for row in removals):
             self.wrap()
         for row in removals:
             self.log.write("prune", **row)
-        for event in events:
+        for event in [row["what"] for row in removals] + events:
             self.log.write("event", self.images, what=event)
 
     # -- when due ---------------------------------------------------------------------------------------------------
