@@ -5,7 +5,8 @@
 `truth`: each block that can go is removed alone, and the model fine-tuned briefly; every score, measured beforehand, is
 correlated with what was lost (Spearman). `arms`: the share of blocks that --ratios says, removed by each score at once,
 and by some in stages, at equal images. All runs share, seed by seed, the data order, the noise and the held-out bundle.
-Runs are kept in outputs/compare_pruning/RECIPE/runs.jsonl; the same command goes on after a stop.
+What is lost is counted in held-out nats and in held-out loss (the prediction's squared error at the noise levels that
+training draws). Runs are kept in outputs/compare_pruning/RECIPE; the same command goes on after a stop.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import platform
 import statistics
 import sys
@@ -26,7 +28,9 @@ import torch
 
 from entrecipes.blocks.scores import SCORES, spearman
 from entrecipes.blocks.stack import BlockStack
+from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError
+from entrecipes.evaluation.heldout import HeldOutResult
 from entrecipes.evaluation.scoring import Scoring
 from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
@@ -47,14 +51,15 @@ class Runs:
 
     def __init__(self, recipe: str, overrides: list[str]) -> None:
         self.recipe, self.overrides = recipe, [*overrides, "evaluation.metrics=[]", "evaluation.every=null"]
-        self.path = Path("outputs/compare_pruning") / Path(recipe).stem / "runs.jsonl"
+        whole = load(recipe, self.overrides).recipe.model_dump_json(by_alias=True)  # another recipe, another file
+        self.path = Path("outputs/compare_pruning") / Path(recipe).stem / f"{fingerprint(whole)[:8]}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.known = {row["name"]: row for row in map(json.loads, lines)}
 
     def once(self, name: str, seed: int, make: Callable[..., dict[str, Any]], *changes: str) -> dict[str, Any]:
         """What `make(seed, *changes)` gives, made if it is not known yet."""
-        name = f"seed {seed}: {name}"
+        name = " ".join([f"seed {seed}: {name}", *(change for change in changes if change != DENSE)])
         if name not in self.known:
             self.known[name] = {"name": name, **make(seed, *changes)}
             with self.path.open("a") as file:
@@ -73,6 +78,7 @@ class Runs:
         found = next(iter(run.evaluator.nats(run.eval_model).values()))
         return {
             "nats": found.nats,
+            "loss": loss(run, found),
             "seconds": run.window.total_seconds,
             "removed": [block for row in getattr(run.pruner, "stages", []) for block in row["remove"]],
         }
@@ -86,7 +92,7 @@ class Runs:
         """The blocks that a pruning at once removes."""
         run = self.dense(seed)
         section = load(self.recipe, [*self.overrides, prune]).recipe.prune
-        pruner = build("prune", section, subject=replace(run._subject(), seed=seed))
+        pruner = build("prune", section, subject=replace(run.subject(), seed=seed))
         return {"remove": sorted(pruner.choose(0)[0]["remove"])}
 
     def scores(self, seed: int) -> dict[str, Any]:
@@ -100,28 +106,37 @@ class Runs:
         return {"scores": values, "pinned": pinned, "seconds": found.origin["seconds"]}
 
 
+def loss(run: Run, found: HeldOutResult) -> float:
+    """Mean squared error of the prediction over the noise levels that training draws."""
+    draws = Draws(images=2, noise_levels=len(found.log_sigma))
+    weights = Scoring.on_training_images(draws, run.components, run.data, run.device).weights(run.noise)
+    errors = found.x0_error / math.prod(run.components.sample_shape)
+    return float((errors / run.components.path.x0_error_scale(found.log_sigma)) @ weights)
+
+
 def truth(runs: Runs, seeds: list[int], images: int) -> dict[str, Any]:
     """What removing each block costs, and every score's rank correlation with it, seed by seed."""
-    short, nats, dense, scores = f"training.images={images}", {}, {}, {}
+    short, scores, dense, costs = f"training.images={images}", {}, {}, {}
     for seed in seeds:
         scored = runs.once("scores", seed, runs.scores)
         scores[seed] = scored["scores"]
-        dense[seed] = runs.once("truth, dense", seed, runs.trained, short, DENSE)["nats"]
-        blocks = [block for block in range(len(scores[seed]["magnitude"])) if block not in scored["pinned"]]
-        nats[seed] = {
+        dense[seed] = runs.once("dense", seed, runs.trained, short, DENSE)
+        costs[seed] = {
             block: runs.once(
-                f"truth, block {block}", seed, runs.trained, short, f"prune={{type: written, remove: [{block}]}}"
-            )["nats"]
-            for block in blocks
+                "truth", seed, runs.trained, short, f"prune={{type: written, remove: [{block}], rewarmup: 0}}"
+            )
+            for block in range(len(scores[seed]["magnitude"]))
+            if block not in scored["pinned"]
         }
-    lost = {seed: torch.tensor(list(of.values())) for seed, of in nats.items()}
-    found = {
-        name: [spearman(torch.tensor([scores[seed][name][block] for block in blocks]), lost[seed]) for seed in seeds]
-        for name in scores[seeds[0]]
-    }
-    pairs = [(one, other) for one in seeds for other in seeds if one < other]
-    agreement = [spearman(lost[one], lost[other]) for one, other in pairs]
-    return {"images": images, "dense": dense, "nats": nats, "scores": scores, "spearman": found, "agreement": agreement}
+    found: dict[str, Any] = {"images": images, "scores": scores, "dense": dense, "costs": costs}
+    for what in ("nats", "loss"):
+        lost = {seed: torch.tensor([row[what] for row in of.values()]) for seed, of in costs.items()}
+        pairs = [(one, other) for one in seeds for other in seeds if one < other]
+        found[what] = {
+            name: [spearman(torch.tensor([scores[s][name][block] for block in costs[s]]), lost[s]) for s in seeds]
+            for name in scores[seeds[0]]
+        } | {"(one seed's costs with another's)": [spearman(lost[one], lost[other]) for one, other in pairs]}
+    return found
 
 
 def arms(runs: Runs, seeds: list[int], ratios: list[float], schedules: list[str], draws: str) -> dict[str, Any]:
@@ -129,13 +144,12 @@ def arms(runs: Runs, seeds: list[int], ratios: list[float], schedules: list[str]
     found: dict[str, Any] = {"dense": {seed: runs.once("dense", seed, runs.trained, DENSE) for seed in seeds}}
     for schedule, ratio, seed in itertools.product(schedules, ratios, seeds):
         for score in ONE_SHOT if schedule == "one_shot" else STAGED:
-            prune = f"prune={{type: {schedule}, score: {score}, ratio: {ratio}, draws: {draws}}}"
-            name = f"{schedule} {score} {ratio:g}"
+            keys = f"ratio: {ratio}, draws: {draws}, rewarmup: 500"
+            prune = f"prune={{type: {schedule}, score: {score}, {keys}}}"
             if schedule == "one_shot":
-                blocks = runs.once(f"{name}: blocks", seed, runs.choice, prune)["remove"]
-                prune = f"prune={{type: written, remove: {blocks}}}"
-            same = f"without {blocks}" if schedule == "one_shot" else name
-            found.setdefault(name, {})[seed] = runs.once(same, seed, runs.trained, prune)
+                blocks = runs.once("blocks", seed, runs.choice, prune)["remove"]
+                prune = f"prune={{type: written, remove: {blocks}, rewarmup: 500}}"
+            found.setdefault(f"{schedule} {score} {ratio:g}", {})[seed] = runs.once("arm", seed, runs.trained, prune)
     return found
 
 
@@ -176,10 +190,11 @@ def to_markdown(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = [f"`{found['command']}` ({versions})"]
     if "truth" in found:
-        ranked = sorted(found["truth"]["spearman"].items(), key=lambda item: -statistics.mean(item[1]))
-        rows = [[name, spread(values, 2)] for name, values in ranked]
-        rows.append(["(one seed's costs with another's)", spread(found["truth"]["agreement"], 2)])
-        parts.append(Table("", ["score", "Spearman with what removing a block costs"], rows).to_markdown())
+        nats, loss = found["truth"]["nats"], found["truth"]["loss"]
+        ranked = sorted(nats, key=lambda name: -statistics.mean(nats[name]))
+        rows = [[name, spread(nats[name], 2), spread(loss[name], 2)] for name in ranked]
+        header = ["Spearman with what removing a block costs", "in held-out nats", "in held-out loss"]
+        parts.append(Table("", header, rows).to_markdown())
     if "arms" in found:
         nats = {name: [row["nats"] for row in rows.values()] for name, rows in found["arms"].items()}
         pruned = [name.split() for name in nats if name != "dense"]
