@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from entrecipes.diffusion.path import GaussianPath
     from entrecipes.report.block_report import BlockReport
 
-HELP = "measure what every block is worth, by all scores in one pass"
+HELP = "measure what every block of a transformer is worth, by all scores in one pass"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,9 @@ from entrecipes.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+POOR_FIT = 1e-2
+"""Relative error of the time embedding that is warned of: outputs differ visibly from the original's then."""
+
 KINDS = {"dit": "DiT", "sit": "SiT"}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, for the published sizes S, B, L and XL; a file does not tell them."""
@@ -263,7 +266,8 @@ def _embedder(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     for layer, index in ((original.linear_1, 0), (original.linear_2, 2)):
         layer.load_state_dict({part: state[f"t_embedder.mlp.{index}.{part}"] for part in ("weight", "bias")})
     fitted, error = fit_time_embedding(original, kind)
-    logger.info("time embedding converted with a relative error of %.1e", error)
+    level = logging.WARNING if error > POOR_FIT else logging.INFO
+    logger.log(level, "time embedding converted with a relative error of %.1e", error)
     table = state["y_embedder.embedding_table.weight"]
     null = table[-1:].expand(NULL_LABEL + 1 - len(table), -1)
     embedder = {f"timestep_embedder.{name}": value for name, value in fitted.state_dict().items()}
