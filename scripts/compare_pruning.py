@@ -43,7 +43,7 @@ DENSE = "prune={type: none}"
 TWINS = ("cei", "cei_timestep", "cei_sample", "ced_sample")
 """Scores that are left out of whole prunings: they remove nearly what their neighbours do."""
 ONE_SHOT = [name for name in SCORES if name not in TWINS] + ["random", "spread"]
-STAGED = ["loss_rise", "information", "ced", "random"]
+STAGED = ["loss_rise", "ced"]
 
 
 class Runs:

@@ -118,7 +118,7 @@ class StagedKeys(RankedKeys):
 
     stages: int = Field(4, ge=1)
     """Stages; stage k comes after `until` * k / `stages` of the run's images."""
-    until: float = Field(0.4, gt=0, lt=1)
+    until: float = Field(0.2, gt=0, lt=1)
     """Share of the run's images after which the target is met."""
     rerank: Literal["block", "stage", "never"] = "stage"
     """Measure the score again after every removed block, before every stage, or only once."""
