@@ -145,9 +145,9 @@ def test_no_such_file_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_scores_of_something_else_are_refused() -> None:
     scores().check_fits("m", "d", "prune.scores")
-    with pytest.raises(UserError, match=r"prune.scores: these scores belong to another model \(mine\)"):
+    with pytest.raises(UserError, match=r"prune.scores: these scores were measured with another model \(mine\)"):
         scores().check_fits("other", "d", "prune.scores")
-    with pytest.raises(UserError, match=r"another data \(digits\)"):
+    with pytest.raises(UserError, match=r"another data set \(digits\)"):
         scores().check_fits("m", "other", "prune.scores")
 
 

@@ -53,6 +53,13 @@ class StagedPruning(Pruning):
 
     # -- when and how many ------------------------------------------------------------------------------------------
 
+    @property
+    def plan(self) -> str:
+        count, section = len(self.dense), self.section
+        when = ", ".join(f"{round(share * self.subject.images):,}" for share in self.due)
+        how = "by a vote at images" if isinstance(section, EntPrunerSection) else "at images"
+        return f"removes {self.target} of {count} blocks, the lowest by {section.score}, {how} {when}"
+
     def choose(self, images: int) -> list[dict[str, Any]]:
         due = sum(images >= share * self.subject.images for share in self.due)  # a long step may pass several
         done = self.stages[-1]["stage"] if self.stages else 0
@@ -115,7 +122,8 @@ class StagedPruning(Pruning):
         else:
             gone, gradients = self.here(going), section.score == "taylor"
             scores = self.scoring.measure(self.stack.model, gone=gone, gradients=gradients)
-        values = scores.score(section.score, self.scoring.weights(self.subject.noise)).tolist()
+        weights = self.scoring.weights(self.subject.noise, scores.log_sigma)
+        values = scores.score(section.score, weights).tolist()
         return {index: values[here] for here, index in enumerate(self.kept) if index not in going}
 
     def _given(self) -> BlockScores:
@@ -123,10 +131,11 @@ class StagedPruning(Pruning):
         scores, model = BlockScores.from_json(self.section.scores), self.stack.model
         place = f"prune.scores: {self.section.scores}"
         scores.check_fits(model_fingerprint(model), self.scoring.data_fingerprint, place)
-        draws, levels = self.section.draws, self.scoring.bundle.log_sigma
-        if scores.log_sigma.tolist() != levels.tolist() or scores.gate_pivot != draws.gate_pivot:
+        gate = self.section.draws.gate_pivot
+        if self.section.score == "information" and scores.gate_pivot != gate:
             raise UserError(
-                f"{place}: measured at other noise levels, or with another gate; `entrecipes score` them again"
+                f"{place}: measured with the gate's pivot at {scores.gate_pivot}, not {gate}; set "
+                "prune.draws.gate_pivot, or measure them again"
             )
         if scores.origin.get("gone") or self.section.score not in scores.names:
             raise UserError(f"{place}: without {self.section.score} of every block; `entrecipes score` them again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -22,7 +23,7 @@ _APPLIED: WeakSet[nn.Module] = WeakSet()
 class AppliedPruning:
     """Blocks that are skipped until `undo` or `commit`; also a context manager, which undoes at its end.
 
-    Until then, models compiled by torch run uncompiled.
+    Until then, models compiled by torch run uncompiled, and `save_pretrained` saves all blocks.
 
     Attributes:
         removed: Indices of the blocks, in the order in which they run.
@@ -40,9 +41,14 @@ class AppliedPruning:
         self.removed = sorted(removed)
         self._stack, self._skipping = stack, ExitStack()
         self._skipping.enter_context(stack.skipped(*self.removed))
+        atexit.register(self.undo)
+
+    def __repr__(self) -> str:
+        return f"AppliedPruning(removed={self.removed})"
 
     def undo(self) -> None:
         """The model is as it was before, bit for bit."""
+        atexit.unregister(self.undo)
         self._skipping.close()
         _APPLIED.discard(self._stack.model)
 

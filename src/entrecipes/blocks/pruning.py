@@ -35,8 +35,8 @@ class Scoring(Protocol):
     def measure(self, model: nn.Module, gone: Collection[int] = (), gradients: bool = True) -> BlockScores:
         """Score the model's blocks, those in `gone` skipped throughout."""
 
-    def weights(self, sampler: NoiseSampler) -> Tensor:
-        """Share of a sampler's draws at each noise level of the scores [L]."""
+    def weights(self, sampler: NoiseSampler, levels: Tensor | None = None) -> Tensor:
+        """Share of a sampler's draws at each of some noise levels [L]."""
 
 
 class NoiseSampler(Protocol):
@@ -79,6 +79,11 @@ class Pruner(Protocol):
             optimizer (the state of what was removed is dropped), its average and its distributed wrapper.
         """
         return []
+
+    @property
+    def plan(self) -> str:
+        """What it is going to do, in one line; empty where that is nothing."""
+        return ""
 
     def rate(self, images: int) -> float:
         """Factor of the learning rate of the step that starts at `images`: below 1 shortly after a removal."""
@@ -210,6 +215,10 @@ class WrittenPruning(Pruning):
             self.stack.check_removable(section.remove)
         except UserError as error:
             raise UserError(f"prune.remove: {error}") from error
+
+    @property
+    def plan(self) -> str:
+        return f"removes blocks {', '.join(map(str, self.section.remove))} of {len(self.dense)} before the first step"
 
     def choose(self, images: int) -> list[dict[str, Any]]:
         return [] if self.stages else [{"stage": 1, "remove": list(dict.fromkeys(self.section.remove))}]

@@ -158,9 +158,10 @@ class BlockScores:
         """
         for what, mine in (("model", model), ("data", data)):
             if self.origin.get(f"{what}_fingerprint") != mine:
+                other = {"model": "with another model", "data": "on another data set"}[what]
                 raise UserError(
-                    f"{place}: these scores belong to another {what} ({self.origin.get(what, 'unknown')}); measure "
-                    "them again with `entrecipes score`"
+                    f"{place}: these scores were measured {other} ({self.origin.get(what, 'unknown')}); measure them "
+                    "again with `entrecipes score`"
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from entrecipes.cli import subject
 from entrecipes.errors import UserError, nearest
-from entrecipes.recipe.prune import Draws, RankedKeys, ScoreName
+from entrecipes.recipe.prune import UNMEASURED, Draws, RankedKeys, ScoreName
 from entrecipes.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from entrecipes.diffusion.path import GaussianPath
     from entrecipes.report.block_report import BlockReport
 
+MEASURED = [name for name in get_args(ScoreName) if name not in UNMEASURED]
 HELP = "measure what every block of a transformer is worth, by all scores in one pass"
 
 
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument(
-        "--score", default="ced", metavar="NAME", help="the score that the warnings are about (%(default)s)"
+        "--score",
+        metavar="NAME",
+        help=f"the score that the warnings are about (the recipe's prune.score, or ced): {', '.join(MEASURED)}",
     )
     parser.add_argument(
         "--remove", type=float, default=0.5, metavar="RATIO", help="share of the blocks to remove (%(default)s)"
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         weights_note=note,
         selection=selection,
         count=count,
-        score=args.score,
+        score=args.score or getattr(recipe.prune, "score", "ced"),
     )
     written = _write(report, subject.output_folder(args, "scores", "score"))
     print(report.to_text(), end="\n\n")
@@ -99,9 +102,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuse, before any work, what is out of range."""
     subject.check_least(args, images=2, levels=4, batch_size=1, gate_pivot=0)
-    measured = [name for name in get_args(ScoreName) if name not in ("random", "spread")]
-    if args.score not in measured:
-        hint = nearest(args.score, measured) or f"; there are {', '.join(measured)}"
+    if args.score not in (None, *MEASURED):
+        hint = nearest(args.score, MEASURED) or f"; there are {', '.join(MEASURED)}"
         raise UserError(f"--score: there is no score '{args.score}'{hint}")
     if args.score == "taylor" and args.no_gradients:
         raise UserError("--score taylor needs gradients; leave out --no-gradients")

@@ -44,7 +44,7 @@ class Scoring:
         labels: Class labels [n], or None.
         batch_size: Images at a time; the hidden states of all blocks are held for so many.
         data: Name of the data, for the origin.
-        data_fingerprint: What tells this x0 from any other.
+        data_fingerprint: What tells the data set that x0 is drawn from from any other.
         model: Name of the model, for the origin; None: that of its class.
     """
 
@@ -95,7 +95,7 @@ class Scoring:
             images.labels[indices].to(device) if images.labels is not None else None,
             batch_size=batch_size,
             data=data.images.train.name,
-            data_fingerprint=f"{images.fingerprint}-{section.seed}-{len(drawn)}",
+            data_fingerprint=images.fingerprint,
             model=model,
         )
 
@@ -151,14 +151,18 @@ class Scoring:
         passes = 1 + (blocks - 1) / 2 + (3 if gradients else 0)
         return seconds / self.batch_size * len(self.bundle.x0) * levels * passes
 
-    def weights(self, sampler: NoiseSampler) -> Tensor:
+    def weights(self, sampler: NoiseSampler, levels: Tensor | None = None) -> Tensor:
         """Share of a sampler's draws, times the factors of their losses, that is nearest to each level [L], float64.
 
         Drawn with a generator of its own, so that no random state changes.
+
+        Args:
+            sampler: Where training draws.
+            levels: Noise levels [L], increasing; None: those of the draws here.
         """
         generator = torch.Generator(self.bundle.x0.device).manual_seed(self.section.seed)
         log_sigma, factor = (values.double().cpu() for values in sampler.sample(SAMPLED, generator))
-        levels = self.bundle.log_sigma
+        levels = self.bundle.log_sigma if levels is None else levels
         nearest = torch.bucketize(log_sigma, (levels[1:] + levels[:-1]) / 2)
         shares = torch.bincount(nearest, weights=factor, minlength=len(levels))
         return shares / shares.sum()
@@ -213,7 +217,7 @@ def score_blocks(
         None if labels is None else labels.to(model.device),
         batch_size=batch_size,
         data="given images",
-        data_fingerprint=fingerprint(images, labels, seed),
+        data_fingerprint=fingerprint(images, labels),
     )
     scoring.try_out(model)
     return scoring.measure(model, gradients=gradients)

@@ -156,7 +156,7 @@ class Vote(Section):
 
 @register("prune", implementation=f"{ENTPRUNER}:StagedPruning", paper=PAPER)
 class EntPrunerSection(StagedKeys):
-    """Remove blocks in stages; a vote of cost and zero-shot proxies decides how many each time, none included."""
+    """Remove blocks in stages; a vote of cost and zero-shot proxies decides how many each time, possibly none."""
 
     type: Literal["entpruner"] = "entpruner"
     vote: Vote = Vote()

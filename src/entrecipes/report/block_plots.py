@@ -52,7 +52,7 @@ def block_axis(axes: Axes, blocks: int) -> None:
 
 
 def signed_map(axes: Axes, x: np.ndarray, table: np.ndarray) -> None:
-    """A table of blocks x places on the x axis in colours, orange below 0 and blue above; NaN stays white."""
+    """A table of blocks x evenly spaced places on the x axis, orange below 0 and blue above; NaN stays white."""
     from matplotlib.colors import AsinhNorm, LinearSegmentedColormap
 
     most = _largest(table)
@@ -60,7 +60,9 @@ def signed_map(axes: Axes, x: np.ndarray, table: np.ndarray) -> None:
     places = [0, 0.25, 0.5, *np.linspace(0.625, 1, len(STEPS))]
     colours = LinearSegmentedColormap.from_list("signed", list(zip(places, steps, strict=True)))
     norm = AsinhNorm(linear_width=most * NEAR_ZERO, vmin=-most, vmax=most)
-    mesh = axes.pcolormesh(x, np.arange(len(table)), table, cmap=colours, norm=norm, shading="nearest")
+    step = x[1] - x[0] if len(x) > 1 else 1.0
+    edges = np.append(x - step / 2, x[-1] + step / 2)  # a single column has a width too
+    mesh = axes.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table, cmap=colours, norm=norm)
     bar = axes.figure.colorbar(mesh, ax=axes, location="bottom", pad=0.02, aspect=14, ticks=[-most, 0, most])
     bar.outline.set_visible(False)
     bar.ax.set_xticklabels([_short(-most), "0", _short(most)], fontsize=8)

@@ -28,7 +28,7 @@ class Estimate:
     training_seconds: float
     """For the recipe's images at that speed, evaluations not counted."""
     evaluations: list[str]
-    """What would be measured, and how often."""
+    """What would be measured, and how often, and what would be pruned."""
     world_size: int
     train_images: int
     held_out_images: int
@@ -58,7 +58,7 @@ def dry_run(recipe: Recipe) -> Estimate:
         peak_memory_gib=peak_memory_gib(run.device),
         images_per_second=rate,
         training_seconds=recipe.training.images / rate,
-        evaluations=planned(recipe),
+        evaluations=[*planned(recipe), *([run.pruner.plan] if run.pruner.plan else [])],
         world_size=run.world_size,
         train_images=len(run.data.train),
         held_out_images=len(run.data.held_out or ()),

@@ -286,11 +286,10 @@ class Run:
             return
         for event in self.events:
             self.log.write("event", 0, what=event)
+        if self.recipe.evaluation.every:
+            self._log_nats(self.evaluator.nats(self.eval_model))
         self.window.clear()
         self.advance_blocks()
-        with self.window.paused():
-            if self.recipe.evaluation.every:
-                self._log_nats(self.evaluator.nats(self.eval_model))
 
     def measure_when_due(self, before: int) -> None:
         """Held-out nats, sample grid and sample-based metrics of the evaluated weights, each on its own cadence.

@@ -99,7 +99,8 @@ def _clock(comparison: Comparison) -> Iterator[str]:
     if None in jobs:
         beside += f"{'; ' if beside else ''}of some runs it is not known what ran beside them"
     yield (
-        f"seconds are of training alone, evaluation excluded, on {' and '.join(devices)}, {beside}; whatever else the "
+        "seconds are of training, scores and votes of pruning among it, evaluation excluded, on "
+        f"{' and '.join(devices)}, {beside}; whatever else the "
         "machine did is in them" + (". Different devices: compare images, not seconds" if len(devices) > 1 else "")
     )
     versions = {tuple(run.facts["versions"].items()) for run in finished}
