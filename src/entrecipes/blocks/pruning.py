@@ -128,7 +128,10 @@ class Pruning(Pruner):
     def __init__(self, section: PruneKeys, subject: Subject, trained: bool = False) -> None:
         """Args: `trained` says whether training goes on before the last removal."""
         self.section, self.subject = section, subject
-        self.stack = BlockStack(subject.components.model, trained)
+        try:
+            self.stack = BlockStack(subject.components.model, trained)
+        except UserError as error:
+            raise UserError(f"prune: {error}") from error
         self.dense = self.stack.blocks
         self.dense_parameters = sum(p.numel() for p in self.stack.model.parameters())
         self.kept = list(range(len(self.dense)))

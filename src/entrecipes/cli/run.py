@@ -140,6 +140,8 @@ def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
         "speed": f"{estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training",
     }.items():
         print(f"{what:12} {value}")
+    if estimate.pruning:
+        print(f"pruning      {estimate.pruning}")
     for plan in estimate.evaluations:
         print(f"{'evaluation':12} {plan}")
     print("nothing was written to the run folder")

@@ -28,7 +28,9 @@ class Estimate:
     training_seconds: float
     """For the recipe's images at that speed, evaluations not counted."""
     evaluations: list[str]
-    """What would be measured, and how often, and what would be pruned."""
+    """What would be measured, and how often."""
+    pruning: str
+    """Which blocks would be removed, and when; empty for none. The speed is that before any goes."""
     world_size: int
     train_images: int
     held_out_images: int
@@ -58,7 +60,8 @@ def dry_run(recipe: Recipe) -> Estimate:
         peak_memory_gib=peak_memory_gib(run.device),
         images_per_second=rate,
         training_seconds=recipe.training.images / rate,
-        evaluations=[*planned(recipe), *([run.pruner.plan] if run.pruner.plan else [])],
+        evaluations=planned(recipe),
+        pruning=run.pruner.plan,
         world_size=run.world_size,
         train_images=len(run.data.train),
         held_out_images=len(run.data.held_out or ()),
