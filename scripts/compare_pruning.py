@@ -31,10 +31,10 @@ from entrecipes.blocks.stack import BlockStack
 from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError
 from entrecipes.evaluation.heldout import HeldOutResult
-from entrecipes.evaluation.scoring import Scoring
+from entrecipes.evaluation.scoring import Scoring, level_shares
 from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
-from entrecipes.recipe.prune import Draws
+from entrecipes.recipe.prune import UNMEASURED, Draws
 from entrecipes.report.comparison.tables import Table
 from entrecipes.training.loop import train
 from entrecipes.training.run import Run
@@ -42,7 +42,7 @@ from entrecipes.training.run import Run
 DENSE = "prune={type: none}"
 TWINS = ("cei", "cei_timestep", "cei_sample", "ced_sample")
 """Scores that are left out of whole prunings: they remove nearly what their neighbours do."""
-ONE_SHOT = [name for name in SCORES if name not in TWINS] + ["random", "spread"]
+ONE_SHOT = [*(name for name in SCORES if name not in TWINS), *UNMEASURED]
 STAGED = ["loss_rise", "ced"]
 
 
@@ -108,8 +108,7 @@ class Runs:
 
 def loss(run: Run, found: HeldOutResult) -> float:
     """Mean squared error of the prediction over the noise levels that training draws."""
-    draws = Draws(images=2, noise_levels=len(found.log_sigma))
-    weights = Scoring.on_training_images(draws, run.components, run.data, run.device).weights(run.noise)
+    weights = level_shares(run.noise, found.log_sigma, torch.Generator(run.device).manual_seed(0))
     errors = found.x0_error / math.prod(run.components.sample_shape)
     return float((errors / run.components.path.x0_error_scale(found.log_sigma)) @ weights)
 

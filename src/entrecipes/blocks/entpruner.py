@@ -121,7 +121,7 @@ class StagedPruning(Pruning):
             scores = self.given
         else:
             gone, gradients = self.here(going), section.score == "taylor"
-            scores = self.scoring.measure(self.stack.model, gone=gone, gradients=gradients)
+            scores = self.scoring.measure(self.stack.model, gone, gradients, identify=False)
         weights = self.scoring.weights(self.subject.noise, scores.log_sigma)
         values = scores.score(section.score, weights).tolist()
         return {index: values[here] for here, index in enumerate(self.kept) if index not in going}

@@ -32,7 +32,9 @@ class Scoring(Protocol):
     """Its `x0` [n, ...] and `labels` [n] or None."""
     data_fingerprint: str
 
-    def measure(self, model: nn.Module, gone: Collection[int] = (), gradients: bool = True) -> BlockScores:
+    def measure(
+        self, model: nn.Module, gone: Collection[int] = (), gradients: bool = True, identify: bool = True
+    ) -> BlockScores:
         """Score the model's blocks, those in `gone` skipped throughout."""
 
     def weights(self, sampler: NoiseSampler, levels: Tensor | None = None) -> Tensor:

@@ -107,7 +107,7 @@ class BlockScores:
         if name in ("taylor", "magnitude"):
             raise UserError(f"the score {name} has no noise levels")
         if name == "information":
-            return self._gate() * self._x0_rise() * torch.exp(-2 * self.log_sigma)
+            return gate(self.log_sigma, self.gate_pivot) * self._x0_rise() * torch.exp(-2 * self.log_sigma)
         if name == "loss_rise":
             return self.skipped["loss"] - self.full["loss"]
         if name in ("cei_sample", "ced_sample"):
@@ -122,13 +122,10 @@ class BlockScores:
 
         The integral over log sigma of gate * (x0 error without the block - x0 error) / sigma^2, summed over dimensions.
         """
-        return integrate_nats(self.log_sigma, self._x0_rise(), self._gate())
+        return integrate_nats(self.log_sigma, self._x0_rise(), gate(self.log_sigma, self.gate_pivot))
 
     def _x0_rise(self) -> Tensor:
         return (self.skipped["x0_error"] - self.full["x0_error"]) * self.dimensions
-
-    def _gate(self) -> Tensor:
-        return torch.ones_like(self.log_sigma) if self.gate_pivot is None else gate(self.log_sigma, self.gate_pivot)
 
     def correlations(self, other: str = "loss_rise", weights: Tensor | None = None) -> dict[str, float]:
         """Spearman's rank correlation of every score with another one; NaN where a score is the same for all blocks."""

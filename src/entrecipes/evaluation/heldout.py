@@ -94,7 +94,7 @@ def nats_per_image(log_sigma: Tensor, x0_error: Tensor, gate_pivot: float | None
         Nats of each image [N] and the gate [L], float64.
     """
     log_sigma, x0_error = log_sigma.double(), x0_error.double()
-    open_gate = torch.ones_like(log_sigma) if gate_pivot is None else gate(log_sigma, gate_pivot)
+    open_gate = gate(log_sigma, gate_pivot)
     return integrate_nats(log_sigma, x0_error, open_gate), open_gate
 
 

@@ -99,13 +99,16 @@ class Scoring:
             model=model,
         )
 
-    def measure(self, model: ModelMixin, gone: Collection[int] = (), gradients: bool = True) -> BlockScores:
+    def measure(
+        self, model: ModelMixin, gone: Collection[int] = (), gradients: bool = True, identify: bool = True
+    ) -> BlockScores:
         """Score every block, in eval mode; the model is left as it was.
 
         Args:
             model: Of the family, on the device of x0: the raw weights, no distributed wrapper.
             gone: Blocks that count as removed already.
             gradients: Also measure the Taylor score (one more forward and backward pass).
+            identify: Keep the model's fingerprint, which takes reading all its weights.
 
         Raises:
             UserError: For a model without a stack of blocks, or one that predicts what is not finite.
@@ -113,7 +116,7 @@ class Scoring:
         stack = BlockStack(model)
         origin = {
             "model": self.model or type(model).__name__,
-            "model_fingerprint": model_fingerprint(model),
+            **({"model_fingerprint": model_fingerprint(model)} if identify else {}),
             "data": self.data,
             "data_fingerprint": self.data_fingerprint,
             "images": len(self.bundle.x0),
@@ -160,12 +163,22 @@ class Scoring:
             sampler: Where training draws.
             levels: Noise levels [L], increasing; None: those of the draws here.
         """
-        generator = torch.Generator(self.bundle.x0.device).manual_seed(self.section.seed)
-        log_sigma, factor = (values.double().cpu() for values in sampler.sample(SAMPLED, generator))
         levels = self.bundle.log_sigma if levels is None else levels
-        nearest = torch.bucketize(log_sigma, (levels[1:] + levels[:-1]) / 2)
-        shares = torch.bincount(nearest, weights=factor, minlength=len(levels))
-        return shares / shares.sum()
+        return level_shares(sampler, levels, torch.Generator(self.bundle.x0.device).manual_seed(self.section.seed))
+
+
+def level_shares(sampler: NoiseSampler, levels: Tensor, generator: torch.Generator) -> Tensor:
+    """Share of a sampler's draws, times the factors of their losses, nearest to each of increasing levels [L], float64.
+
+    Args:
+        sampler: Where training draws.
+        levels: Noise levels, log sigma.
+        generator: One of its own, on the sampler's device, so that no random state of the run changes.
+    """
+    log_sigma, factor = (values.double().cpu() for values in sampler.sample(SAMPLED, generator))
+    nearest = torch.bucketize(log_sigma, (levels[1:] + levels[:-1]) / 2)
+    shares = torch.bincount(nearest, weights=factor, minlength=len(levels))
+    return shares / shares.sum()
 
 
 def score_blocks(

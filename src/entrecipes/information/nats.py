@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def gate(log_sigma: Tensor, pivot: float, order: int = 3) -> Tensor:
+def gate(log_sigma: Tensor, pivot: float | None, order: int = 3) -> Tensor:
     """sigma^n / (sigma^n + pivot^n): fades out the low noise levels, where continuous data holds unbounded information.
 
     Args:
         log_sigma: Noise levels [...].
-        pivot: The sigma at which the gate is one half, in units of the data.
+        pivot: The sigma at which the gate is one half, in units of the data; None: no gate, 1 everywhere.
         order: Steepness n.
     """
-    return torch.sigmoid(order * (log_sigma - math.log(pivot)))
+    return torch.ones_like(log_sigma) if pivot is None else torch.sigmoid(order * (log_sigma - math.log(pivot)))
 
 
 def integrate_nats(log_sigma: Tensor, x0_error: Tensor, gate: Tensor) -> Tensor:

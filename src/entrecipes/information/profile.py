@@ -48,7 +48,7 @@ class Profile:
 
     def nats(self, pivot: float | None = None, order: int = 3) -> float:
         """Its integral: nats per dimension, gated if a pivot is given."""
-        closed = torch.ones_like(self.log_sigma) if pivot is None else gate(self.log_sigma, pivot, order)
+        closed = gate(self.log_sigma, pivot, order)
         return integrate_nats(self.log_sigma, self.x0_error, closed).item()
 
     def density(
@@ -65,7 +65,7 @@ class Profile:
         Raises:
             ValueError: When nothing is left to normalise.
         """
-        wanted = self.rate if pivot is None else self.rate * gate(self.log_sigma, pivot, order)
+        wanted = self.rate * gate(self.log_sigma, pivot, order)
         wanted = wanted**power
         return Histogram.around(self.log_sigma, wanted if weight is None else wanted / weight)
 

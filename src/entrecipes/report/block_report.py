@@ -16,24 +16,10 @@ from entrecipes.blocks.selection import Selection
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import number
 
+SPREAD = [name for name in SCORES if name.startswith(("cei", "ced"))]
 TABLES = {
-    "What is lost without a block": (
-        "information",
-        "loss_rise",
-        "output_distance",
-        "mean_shift",
-        "bi",
-        "taylor",
-        "magnitude",
-    ),
-    "Spread of the prediction without a block": (
-        "cei",
-        "cei_timestep",
-        "cei_sample",
-        "ced",
-        "ced_timestep",
-        "ced_sample",
-    ),
+    "What is lost without a block": [name for name in SCORES if name not in SPREAD],
+    "Spread of the prediction without a block": SPREAD,
 }
 
 

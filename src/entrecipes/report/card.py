@@ -12,9 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from entrecipes.evaluation.result import Metric
 from entrecipes.report import facts
-from entrecipes.report.noise_plots import draw_noise_plots
-from entrecipes.report.plots import draw_plots
-from entrecipes.report.prune_plots import draw_prune_plots
+from entrecipes.report.assets import draw_assets
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
@@ -44,7 +42,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     folder = RunFolder(folder)
     run, metrics = folder.run, facts.metrics(folder)
     pipeline = folder.path / "pipeline"
-    plots = draw_plots(folder) | draw_noise_plots(folder) | draw_prune_plots(folder)
+    plots = draw_assets(folder)
     if folder.samples:
         (folder.path / "assets").mkdir(exist_ok=True)
         plots["samples"] = Path(shutil.copyfile(folder.samples[-1][1], folder.path / "assets" / "samples.png"))

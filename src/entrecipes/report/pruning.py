@@ -7,14 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import entrecipes.recipe.prune  # noqa: F401 (registers its choices)
+from entrecipes.blocks.pruning import FILE
 from entrecipes.blocks.scores import SCORES
 from entrecipes.recipe.base import choice
 from entrecipes.report.block_report import reasons
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import Rows, flops, number
 from entrecipes.report.run_folder import RunFolder
-
-FILE = "pruning.json"
 
 
 class PrunedRun:

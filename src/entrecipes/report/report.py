@@ -8,9 +8,7 @@ from pathlib import Path
 import jinja2
 
 from entrecipes.report import facts
-from entrecipes.report.noise_plots import draw_noise_plots
-from entrecipes.report.plots import draw_plots
-from entrecipes.report.prune_plots import draw_prune_plots
+from entrecipes.report.assets import draw_assets
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
@@ -28,7 +26,7 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = RunFolder(folder)
     run = folder.run if folder.has("run.json") else None
-    plots = draw_plots(folder) | draw_noise_plots(folder) | draw_prune_plots(folder)
+    plots = draw_assets(folder)
     samples = [(label, embedded(path)) for label, path in folder.samples]
     html = template("report.html.jinja").render(
         name=run["name"] if run else folder.path.resolve().name,
