@@ -68,6 +68,8 @@ class Subject:
     """Makes what blocks are scored on; called only where that is needed."""
     agree: Callable[[Any], Any]
     """Makes all processes take what the first one found."""
+    eligible: Callable[[str], bool] = lambda name: True
+    """Whether the weight of a name may be trained at all."""
 
 
 class Pruner(Protocol):

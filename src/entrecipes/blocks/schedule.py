@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.blocks import AllBlocksSection, StagedBlocksSection
 
+if TYPE_CHECKING:
+    from entrecipes.blocks.pruning import Subject
+
 
 class BlockSchedule(Protocol):
-    """Opens, closes or removes weights while training goes on."""
+    """Opens and closes weights while training goes on.
 
-    def advance(self, images: int) -> list[str]:
-        """Bring the model to the state due at `images`: set `requires_grad` and drop the gradients of what is frozen.
+    Two sets are told apart. The *held* set is all that may be trained until the next change: the run builds its
+    optimizer and its distributed wrapper over it, and weights outside lose their gradient and their optimizer state.
+    The *focus* is the part of it that the present step trains; the rest of the held set keeps its optimizer state.
+    """
+
+    def advance(self, images: int) -> list[dict[str, Any]]:
+        """Bring the model to the state due at `images`: set `requires_grad` of the held set, drop the other gradients.
 
         Returns:
-            One sentence for each change, for the log and the report. When there is any, the run rebuilds its optimizer
-            (the state of frozen weights is dropped) and its distributed wrapper.
+            A row for each change: `what` in one sentence, and numbers for the report (JSON values). When there is any,
+            the run rebuilds its optimizer and its distributed wrapper over what requires a gradient then.
         """
+
+    def focus(self) -> None:
+        """Close for the moment what the next step does not train; called after every `advance` and its rebuild."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave, and set `requires_grad` of the held set."""
+
+
+def train_only(model: nn.Module, trained: Callable[[str], bool]) -> None:
+    """Let just the weights of these names be trained; the others lose their gradient."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(name))
+        if not parameter.requires_grad:
+            parameter.grad = None  # a zero gradient would still let momentum and weight decay move the weight
 
 
 def guard_group_norms(model: nn.Module) -> None:
@@ -45,19 +65,32 @@ def guard_group_norms(model: nn.Module) -> None:
 
 
 class AllBlocks:
-    """Everything is trained; nothing ever changes."""
+    """Every weight that may be trained is, from the first image to the last."""
 
-    def __init__(self, section: AllBlocksSection, model: nn.Module) -> None:
+    def __init__(self, section: AllBlocksSection, subject: Subject) -> None:
+        self.model, self.eligible = subject.components.model, subject.eligible
+        self.begun = False
+
+    def advance(self, images: int) -> list[dict[str, Any]]:
+        if self.begun:
+            return []
+        self.load_state_dict({})
+        weights = list(self.model.named_parameters())
+        trained = [weight.numel() for name, weight in weights if self.eligible(name)]
+        if len(trained) == len(weights):
+            return []
+        total = sum(weight.numel() for _, weight in weights)
+        return [{"what": f"training {sum(trained):,} of {total:,} weights", "trained_parameters": sum(trained)}]
+
+    def focus(self) -> None:
         pass
-
-    def advance(self, images: int) -> list[str]:
-        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self.begun = True
+        train_only(self.model, self.eligible)
 
 
 class StagedBlocks:
@@ -67,10 +100,10 @@ class StagedBlocks:
         UserError: For a pattern that matches no parameter.
     """
 
-    def __init__(self, section: StagedBlocksSection, model: nn.Module) -> None:
-        self.section, self.model = section, model
+    def __init__(self, section: StagedBlocksSection, subject: Subject) -> None:
+        self.section, self.model, self.eligible = section, subject.components.model, subject.eligible
         self.stage = -1
-        names = [name for name, _ in model.named_parameters()]
+        names = [name for name, _ in self.model.named_parameters()]
         for i, stage in enumerate(section.stages):
             for pattern in stage.train:
                 if not fnmatch.filter(names, pattern):
@@ -79,20 +112,25 @@ class StagedBlocks:
                         f"blocks.stages.{i}.train: '{pattern}' matches no parameter; the model has {', '.join(top)}"
                     )
 
-    def advance(self, images: int) -> list[str]:
+    def advance(self, images: int) -> list[dict[str, Any]]:
         due = sum(stage.from_images <= images for stage in self.section.stages) - 1
         if due == self.stage:
             return []
-        self.stage = due
+        self.load_state_dict({"stage": due})
         patterns = self.section.stages[due].train
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-            if not parameter.requires_grad:
-                parameter.grad = None  # a zero gradient would still let momentum and weight decay move the weight
-        return [f"stage {due + 1} of {len(self.section.stages)}: training {', '.join(patterns)}"]
+        what = f"stage {due + 1} of {len(self.section.stages)}: training {', '.join(patterns)}"
+        return [{"what": what, "stage": due, "train": list(patterns)}]
+
+    def focus(self) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {"stage": self.stage}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the stage follows from the images seen, and `advance` sets the flags again."""
+        self.stage = state["stage"]
+        patterns = self.section.stages[self.stage].train
+        train_only(
+            self.model,
+            lambda name: self.eligible(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns),
+        )

@@ -98,17 +98,16 @@ def resume(run: Run) -> Path | None:
 def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     run.images = state["run"]["images"]
     try:
-        if run.pruner.load_state_dict(state.get("prune", {})):
-            run.wrap()
+        run.pruner.load_state_dict(state.get("prune", {}))
+        run.blocks.load_state_dict(state["blocks"])
+        run.wrap()
         run.model.load_state_dict(state["model"])
         if run.ema:
             run.ema.load_state_dict(state["ema"] or state["model"])
-        run.blocks.load_state_dict(state["blocks"])
-        if run.blocks.advance(run.images):
-            run.wrap()
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
         _match_memory_format(run.optimizer.optimizer)
         run.noise.load_state_dict(state["noise"])
+        run.blocks.focus()
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -81,7 +81,6 @@ class Run:
         self._prepare_model()
         self.ema = EmaModel(training.ema, self.model) if training.ema else None
         self.objective = Objective(recipe.objective, self.components.path)
-        self.blocks = build("blocks", recipe.blocks, model=self.model)
         self.random = StepRandom(
             training.seed, training.batch_size, self.accelerator.process_index, self.world_size, self.device
         )
@@ -99,14 +98,15 @@ class Run:
         self.stop_requested = False
         self.window = Window(3, self.device)
         self.optimizer: Any = None
-        self.events = self.blocks.advance(0)
-        self.wrap()
         self.log = RunLog(folder, self.accelerator, listener)
         shard = Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check(self.eval_model)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
-        self.pruner = build("prune", recipe.prune, subject=self.subject())
+        subject = self.subject()
+        self.pruner = build("prune", recipe.prune, subject=subject)
+        self.blocks = build("blocks", recipe.blocks, subject=subject)
+        self.wrap()
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -231,10 +231,12 @@ class Run:
         events = self.blocks.advance(self.images)
         if events or any(row["remove"] for row in removals):
             self.wrap()
+        self.blocks.focus()
         for row in removals:
             self.log.write("prune", **row)
-        for event in [row["what"] for row in removals] + events:
-            self.log.write("event", self.images, what=event)
+            self.log.write("event", self.images, what=row["what"])
+        for row in events:
+            self.log.write("event", self.images, **row)
 
     # -- when due ---------------------------------------------------------------------------------------------------
 
@@ -284,8 +286,6 @@ class Run:
         if self.images:
             self.measure_when_due(self.images - self.recipe.training.batch_size)
             return
-        for event in self.events:
-            self.log.write("event", 0, what=event)
         if self.recipe.evaluation.every:
             self._log_nats(self.evaluator.nats(self.eval_model))
         self.window.clear()
