@@ -14,6 +14,7 @@ _LAZY = {
     "InfoNoiseScheduler": "entrecipes.noise.scheduler",
     "SequenceTransformer1DModel": "entrecipes.models.sequence",
     "SequencePipeline": "entrecipes.models.sequence",
+    "PoseVideoPipeline": "entrecipes.models.pose_video",
     "score_blocks": "entrecipes.evaluation.scoring",
     "apply_pruning": "entrecipes.blocks.own_loop",
 }

@@ -37,7 +37,7 @@ def coins(count: int, value: int | None = None) -> OpenedData:
     pixels = torch.randint(0, 2, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8) * 255
     pixels = pixels if value is None else torch.full_like(pixels, value)
     images = ImageSet("coins", "", "", "coins", tensor=pixels)
-    return OpenedData(images, None, PixelSpace(), Splits(images, None), None)
+    return OpenedData(images, None, PixelSpace(), Splits(images, None), None, ())
 
 
 def measure(data: OpenedData, model: torch.nn.Module, **keys: int):

@@ -153,7 +153,7 @@ def test_scores_in_a_loop_of_ones_own(dit) -> None:
     components, data = dit
     scoring = Scoring.on_training_images(FEW, components, data, CPU)
     expected = scoring.measure(components.model)
-    pipeline, (x0, labels) = components.pipeline(), (scoring.bundle.x0, scoring.bundle.labels)
+    pipeline, (x0, labels) = components.pipeline(), (scoring.bundle.x0, scoring.bundle.condition)
     assert same(expected, score_blocks(pipeline, x0, labels, noise_levels=5), rtol=0, atol=0)
     pipeline.scheduler = InfoNoiseScheduler.from_config(
         {**pipeline.scheduler.config, "_class_name": "DDIMScheduler"}, train_images=1000

@@ -92,7 +92,7 @@ def test_generate_evaluate_and_training_on_take_the_pipeline(finished: Path, fol
     )
     data = {"type": "sequences", "name": str(folder)}
     again = Run(tiny_recipe(data=data, pipeline={"build": None, "pretrained": str(finished)}), None)
-    assert again.components.family.sequences and again.data.num_classes == 3
+    assert again.components.family.kind == "sequences" and again.data.num_classes == 3
 
 
 @pytest.mark.parametrize(

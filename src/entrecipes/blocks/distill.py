@@ -47,13 +47,13 @@ class Teacher:
             self._follow(copy.deepcopy(self.components.model))
 
     def loss(
-        self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, labels: Tensor | None
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor | None
     ) -> Tensor | float:
         """Distance [n] to the teacher's prediction, weighted over noise levels as the loss is; 0 without a teacher."""
         if self.denoiser is None:
             return 0.0
         with torch.no_grad():
-            taught, _ = self.denoiser(x0, noise, log_sigma, labels)
+            taught, _ = self.denoiser(x0, noise, log_sigma, condition)
         return self.section.weight * self.objective(prediction, taught, log_sigma)[0]
 
     def state_dict(self) -> dict[str, Tensor]:

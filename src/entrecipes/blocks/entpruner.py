@@ -178,9 +178,9 @@ class StagedPruning(Pruning):
 
     def _loss(self, rows: Tensor, noise: Tensor, log_sigma: Tensor, factor: Tensor) -> Tensor:
         bundle, components = self.scoring.bundle, self.subject.components
-        labels = None if bundle.labels is None else bundle.labels[rows]
+        condition = None if bundle.condition is None else bundle.condition[rows]
         denoiser = Denoiser(self.stack.model, components.family, components.path)
-        prediction, target = denoiser(bundle.x0[rows], noise, log_sigma, labels)
+        prediction, target = denoiser(bundle.x0[rows], noise, log_sigma, condition)
         return (self.subject.objective(prediction, target, log_sigma)[0] * factor).mean()
 
 

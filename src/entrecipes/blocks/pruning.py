@@ -29,7 +29,7 @@ class Scoring(Protocol):
     """What blocks are scored on: the same draws every time (`evaluation.scoring.Scoring`)."""
 
     bundle: Any
-    """Its `x0` [n, ...] and `labels` [n] or None."""
+    """Its `x0` [n, ...] and `condition` [n, ...] or None."""
     data_fingerprint: str
 
     def measure(
@@ -94,7 +94,7 @@ class Pruner(Protocol):
         return 1.0
 
     def distillation(
-        self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, labels: Tensor | None
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor | None
     ) -> Tensor | float:
         """What is added to the losses [n] for the distance to the dense model's prediction."""
         return 0.0
@@ -177,9 +177,9 @@ class Pruning(Pruner):
         return 1.0 if last is None or not warmup else min(1.0, (images - last + 1) / warmup)
 
     def distillation(
-        self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, labels: Tensor | None
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor | None
     ) -> Tensor | float:
-        return self.teacher.loss(prediction, x0, noise, log_sigma, labels)
+        return self.teacher.loss(prediction, x0, noise, log_sigma, condition)
 
     def facts(self) -> dict[str, Any]:
         blocks = {"before": len(self.dense), "after": len(self.kept)}

@@ -109,9 +109,7 @@ def _diagnose(
 
 def _measured(measured: MeasuredProfile, components: Components) -> str:
     """The first line: what was measured, and what it cost."""
-    what = ("held-out " if measured.split == "held_out" else "") + (
-        "sequences" if components.family.sequences else "images"
-    )
+    what = ("held-out " if measured.split == "held_out" else "") + components.family.kind
     levels = len(measured.profile.log_sigma)
     return (
         f"{components.family.model_class} ({components.path.name}, {components.path.prediction_type}) on "

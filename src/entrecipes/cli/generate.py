@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
     space = family.space(getattr(pipeline, family.component))
     pictures = space.pictures(images)
     save_grid(pictures, args.output, columns=min(space.columns, args.count), texts=space.texts(images))
-    kind = "sequences" if family.sequences else "images"
-    print(f"{len(images)} {kind} in {args.output}" + (f", classes {sorted(set(labels))}" if labels else ""))
+    print(f"{len(images)} {family.kind} in {args.output}" + (f", classes {sorted(set(labels))}" if labels else ""))
     if args.separate:
         from PIL import Image
 

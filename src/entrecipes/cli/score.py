@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             "scheduler": type(components.scheduler).__name__,
             "path": components.path.name,
             "prediction_type": components.path.prediction_type,
-            "samples": "sequences" if components.family.sequences else "images",
+            "samples": components.family.kind,
         },
         weights=weights,
         weights_note=note,

@@ -35,6 +35,8 @@ class OpenedData:
     """The images themselves (or the sequences), for sample-based metrics."""
     num_classes: int | None
     """Classes that images are asked for by; None for an unconditional model."""
+    sample_shape: tuple[int, ...]
+    """The shape of one sample as the set holds it; of a clip without its condition."""
 
 
 def open_data(section: Data, components: Components, device: torch.device) -> OpenedData:
@@ -44,12 +46,12 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
         UserError: When data and model do not fit (labels, number of classes, channels, size), or the data is bad.
     """
     num_classes = components.family.num_classes(components.model)
-    if isinstance(section, WindowData) != components.family.sequences:
+    if section.kind != components.family.kind:
         raise UserError(
-            f"data.type: {section.type} does not go with a {components.family.model_class}; a "
-            "SequenceTransformer1DModel denoises sequences, the others images"
+            f"data.type: {section.type} holds {section.kind}, but a {components.family.model_class} denoises "
+            f"{components.family.kind}"
         )
-    images = _open_sequences(section, components) if components.family.sequences else _open_images(section, components)
+    images: Splits = OPENERS[section.kind](section, components)
     if num_classes is None:
         parts = (part and replace(part, labels=None) for part in (images.train, images.held_out))
         images = Splits(*parts)
@@ -61,7 +63,8 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
         if found > num_classes:
             raise UserError(f"data: {images.train.name} has {found} classes, but the model is built for {num_classes}")
     if components.vae is None:
-        return OpenedData(images.train, images.held_out, components.family.space(components.model), images, found)
+        space = components.family.space(components.model)
+        return OpenedData(images.train, images.held_out, space, images, found, _sample_shape(images, components))
     if isinstance(images.train, IterableImageSet):
         raise UserError("data.streaming: latents of a stream can't be cached; set data.streaming: false")
     vae = components.vae.to(device)
@@ -78,7 +81,7 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
         )
         for part, flip in ((images.train, section.horizontal_flip), (images.held_out, False))
     )
-    return OpenedData(train, held_out, LatentSpace(vae), images, found)
+    return OpenedData(train, held_out, LatentSpace(vae), images, found, _sample_shape(images, components))
 
 
 def _open_images(section: ImageData, components: Components) -> Splits:
@@ -106,3 +109,22 @@ def _open_sequences(section: WindowData, components: Components) -> Splits:
             "sample_size in the model's config"
         )
     return build("data", section, length=size, alphabet=components.model.config.alphabet)
+
+
+def _open_clips(section: Data, components: Components) -> Splits:
+    channels = components.family.channels(components.model)
+    if components.vae is None and channels != 3:
+        raise UserError(
+            f"pipeline.build.model.config.out_channels: {channels}, but clips have 3 channels without a VAE; set 3"
+        )
+    return build("data", section)
+
+
+def _sample_shape(images: Splits, components: Components) -> tuple[int, ...]:
+    if components.family.kind != "clips":
+        return components.sample_shape
+    channels, slices, *size = images.train.tensor.shape[1:]
+    return channels, slices // 2, *size
+
+
+OPENERS = {"images": _open_images, "sequences": _open_sequences, "clips": _open_clips}

@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, DiTPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
-from entrecipes.diffusion.space import PixelSpace, Space, SymbolSpace
+from entrecipes.diffusion.space import ClipSpace, PixelSpace, Space, SymbolSpace
 from entrecipes.errors import UserError
+from entrecipes.models.pose_video import PoseVideoPipeline
 from entrecipes.models.sequence import SequencePipeline
 
 
@@ -29,32 +31,35 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     guidance: ClassVar[bool]
     """Whether the stock pipeline offers classifier-free guidance."""
-    sequences: ClassVar[bool] = False
-    """Whether the model denoises sequences of symbols, not images."""
+    kind: ClassVar[str] = "images"
+    """What the model denoises: `images`, `sequences` of symbols, or `clips` of video."""
 
     @abstractmethod
-    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
-        """Call the model (or a wrapper of it): `sample` [n, C, H, W], `timestep` [n], `labels` [n] -> [n, C, H, W]."""
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+        """Call the model (or a wrapper of it): `sample` [n, C, ...], `timestep` [n] -> [n, C, ...].
+
+        `condition` is what the model is conditioned on: class labels [n], or maps [n, C, F, H, W].
+        """
 
     @abstractmethod
     def num_classes(self, model: ModelMixin) -> int | None:
         """Classes that the model is conditioned on; None: unconditional."""
 
     @abstractmethod
-    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
+    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
         """What the stock pipeline is called with to get these images, beside what all pipelines take."""
 
     def generate(
         self,
         pipeline: DiffusionPipeline,
-        labels: list[int] | None,
+        condition: Any,
         num_images: int,
         steps: int,
         guidance_scale: float,
         generator: list[torch.Generator],
     ) -> Tensor:
         """Sample with the family's pipeline: uint8 [num_images, ...], as a data set holds them."""
-        asked = self.asked_for(labels, num_images, guidance_scale)
+        asked = self.asked_for(condition, num_images, guidance_scale)
         images = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
         return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
@@ -75,7 +80,8 @@ class Family(ABC):
         return PixelSpace()
 
     def null_label(self, model: ModelMixin) -> int | None:
-        """The label that stands for "no class" in guidance; None where the pipeline has no guidance."""
+        """What stands for "no condition" in guidance: a label, or a value of the condition maps; None where the
+        pipeline has no guidance."""
         return None
 
     def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
@@ -110,8 +116,8 @@ class UNet2D(Family):
     pipeline_class = ConsistencyModelPipeline
     guidance = False
 
-    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
-        return model(sample, timestep, class_labels=labels, return_dict=False)[0]
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+        return model(sample, timestep, class_labels=condition, return_dict=False)[0]
 
     def num_classes(self, model: ModelMixin) -> int | None:
         return model.config.num_class_embeds
@@ -124,8 +130,8 @@ class UNet2D(Family):
                 "take DDIMScheduler, EDMEulerScheduler or DPMSolverMultistepScheduler."
             )
 
-    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
-        return {"batch_size": num_images, "class_labels": labels}
+    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"batch_size": num_images, "class_labels": condition}
 
 
 class DiT(Family):
@@ -139,8 +145,8 @@ class DiT(Family):
     NULL_LABEL = 1000
     """DiTPipeline hard-codes it, so small class sets need `num_embeds_ada_norm: 1000` too."""
 
-    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
-        prediction = model(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+        prediction = model(sample, timestep=timestep, class_labels=condition, return_dict=False)[0]
         return prediction[:, : sample.shape[1]]  # published checkpoints append a learned variance
 
     def num_classes(self, model: ModelMixin) -> int | None:
@@ -187,8 +193,8 @@ class DiT(Family):
         vae = vae or build_pixel_vae(model.config.in_channels, model.config.sample_size)
         return self.pipeline_class(transformer=model, scheduler=scheduler, vae=vae)
 
-    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
-        return {"class_labels": labels, "guidance_scale": guidance_scale}
+    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"class_labels": condition, "guidance_scale": guidance_scale}
 
 
 class SequenceTransformer1D(Family):
@@ -198,28 +204,28 @@ class SequenceTransformer1D(Family):
     component = "transformer"
     pipeline_class = SequencePipeline
     guidance = False
-    sequences = True
+    kind = "sequences"
 
-    def predict(self, model: Any, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
-        return model(sample, timestep, class_labels=labels, return_dict=False)[0]
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+        return model(sample, timestep, class_labels=condition, return_dict=False)[0]
 
     def num_classes(self, model: ModelMixin) -> int | None:
         return model.config.num_class_embeds
 
-    def asked_for(self, labels: list[int] | None, num_images: int, guidance_scale: float) -> dict[str, Any]:
-        return {"batch_size": num_images, "class_labels": labels}
+    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"batch_size": num_images, "class_labels": condition}
 
     def generate(
         self,
         pipeline: DiffusionPipeline,
-        labels: list[int] | None,
+        condition: Any,
         num_images: int,
         steps: int,
         guidance_scale: float,
         generator: list[torch.Generator],
     ) -> Tensor:
         """Sample with the pipeline: symbol ids uint8 [num_images, L]."""
-        asked = self.asked_for(labels, num_images, guidance_scale)
+        asked = self.asked_for(condition, num_images, guidance_scale)
         return pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="ids").sequences
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
@@ -235,7 +241,65 @@ class SequenceTransformer1D(Family):
         return SymbolSpace(model.config.alphabet)
 
 
-FAMILIES: dict[str, Family] = {family.model_class: family for family in (UNet2D(), DiT(), SequenceTransformer1D())}
+class WanVideo(Family):
+    """`WanTransformer3DModel` with the condition concatenated by channel, published as our own `PoseVideoPipeline`."""
+
+    model_class = "WanTransformer3DModel"
+    component = "transformer"
+    pipeline_class = PoseVideoPipeline
+    guidance = True
+    kind = "clips"
+
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+        """`sample` [n, C, F, H, W] and the condition [n, 2C, F, H, W] -> [n, C, F, H, W]; the prompt is empty."""
+        text = sample.new_zeros(len(sample), 1, extract_model_from_parallel(model).config.text_dim)
+        return model(torch.cat([sample, condition.to(sample)], dim=1), timestep, text, return_dict=False)[0]
+
+    def num_classes(self, model: ModelMixin) -> int | None:
+        return None
+
+    def null_label(self, model: ModelMixin) -> int | None:
+        return 0
+
+    def channels(self, model: ModelMixin) -> int:
+        return model.config.out_channels
+
+    def space(self, model: ModelMixin) -> Space:
+        return ClipSpace()
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Our own pipeline samples with all."""
+
+    def check_vae(self, model: ModelMixin, vae: ModelMixin | None) -> None:
+        config = model.config
+        if config.in_channels != 3 * config.out_channels:
+            raise UserError(
+                f"pipeline.build.model.config.in_channels: {config.in_channels}, but the clip, its pose maps and the "
+                f"reference are concatenated: set {3 * config.out_channels}, three times out_channels"
+            )
+        super().check_vae(model, vae)
+
+    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        return {"condition": torch.stack(list(condition)), "guidance_scale": guidance_scale}
+
+    def generate(
+        self,
+        pipeline: DiffusionPipeline,
+        condition: Any,
+        num_images: int,
+        steps: int,
+        guidance_scale: float,
+        generator: list[torch.Generator],
+    ) -> Tensor:
+        """Sample with the pipeline: clips uint8 [num_images, 3, F, H, W]."""
+        asked = self.asked_for(condition, num_images, guidance_scale)
+        frames = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").frames
+        return frames.transpose(1, 2).float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_class: family for family in (UNet2D(), DiT(), SequenceTransformer1D(), WanVideo())
+}
 
 
 def family_of(model_class: str) -> Family:

@@ -96,7 +96,7 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
         vae = _from_hub(AutoencoderKL, build.vae, build.vae_revision) if build.vae else None
-    if not isinstance(model.config.sample_size, int):
+    if family.kind != "clips" and not isinstance(model.config.sample_size, int):
         raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
     family.check_vae(model, vae)
     if to_sample:

@@ -1,4 +1,4 @@
-"""Where diffusion happens: pixels, the latents of a frozen VAE, or one-hot symbols.
+"""Where diffusion happens: pixels, the latents of a frozen VAE, one-hot symbols, or clips with their condition.
 
 A space turns what the data loader gives into x0, and samples into what can be looked at.
 """
@@ -31,6 +31,10 @@ class Space(ABC):
         `normal(*shape)` gives standard normal rows of that shape for these samples, where x0 is random itself.
         """
 
+    def condition(self, batch: Tensor) -> Tensor | None:
+        """What the data set holds [n, ...] -> the maps that the model is conditioned on; None: labels are all."""
+        return None
+
     def pictures(self, samples: Tensor) -> Tensor:
         """Samples as the data set holds them -> uint8 images [n, 1 or 3, H, W] to look at."""
         return samples
@@ -45,7 +49,7 @@ class PixelSpace(Space):
 
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
         """uint8 images [n, C, H, W] -> float x0 of the same shape; `normal` is not used."""
-        return batch.float().div_(127.5).sub_(1.0)
+        return _signed(batch)
 
 
 class LatentSpace(Space):
@@ -63,6 +67,29 @@ class LatentSpace(Space):
         if normal is not None:
             mean = mean + std * normal(*mean.shape[1:])
         return (mean - self.shift) * self.scale
+
+
+class ClipSpace(Space):
+    """x0 is a clip of pixels in [-1, 1]; the condition are its pose maps and a reference image of the person.
+
+    A data set holds all three as uint8 [n, 3, 2F + 1, H, W]: F frames, F pose maps and the reference.
+    """
+
+    columns = 1
+
+    def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
+        """uint8 [n, 3, 2F + 1, H, W] -> x0 [n, 3, F, H, W]; `normal` is not used."""
+        return _signed(batch[:, :, : batch.shape[2] // 2])
+
+    def condition(self, batch: Tensor) -> Tensor:
+        """uint8 [n, 3, 2F + 1, H, W] -> pose maps and, on every frame, the reference: [n, 6, F, H, W] in [-1, 1]."""
+        frames = batch.shape[2] // 2
+        poses, reference = batch[:, :, frames:-1], batch[:, :, -1:]
+        return _signed(torch.cat([poses, reference.expand_as(poses)], dim=1))
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
+        return samples.permute(0, 1, 3, 2, 4).flatten(3)
 
 
 class SymbolSpace(Space):
@@ -89,3 +116,8 @@ class SymbolSpace(Space):
     def texts(self, samples: Tensor) -> list[str]:
         """Symbol ids uint8 [n, L] -> strings of L symbols."""
         return ["".join(self.alphabet[i] for i in row) for row in samples.tolist()]
+
+
+def _signed(pixels: Tensor) -> Tensor:
+    """uint8 -> float in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.ngrams import compare_ngrams
 from entrecipes.evaluation.result import Metric
+from entrecipes.evaluation.side_by_side import moving, strips
 from entrecipes.recipe.base import build
 from entrecipes.recipe.evaluation import Evaluation
 
@@ -75,12 +76,12 @@ class Evaluator:
             raise
         except Exception as error:  # whatever a config that diffusers accepts leads to: said now rather than at the end
             raise UserError(f"pipeline: this model does not work in {pipeline}: {error}") from error
-        if prediction.shape != target.shape or samples.shape[1:] != self.components.sample_shape:
+        if prediction.shape != target.shape or samples.shape[1:] != self.data.sample_shape:
             raise UserError(
                 f"pipeline: the model predicts {list(prediction.shape[1:])} for {list(target.shape[1:])} and samples "
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
             )
-        if section.metrics and not family.sequences:
+        if section.metrics and family.kind != "sequences":
             _ = self.extractor
 
     # -- denoising --------------------------------------------------------------------------------------------------
@@ -113,30 +114,33 @@ class Evaluator:
         return self._x0(next(iter(self.splits.values())), count)[0]
 
     def _bundle(self, images: ImageSet) -> HeldOutBundle:
-        x0, labels = self._x0(images, self.section.held_out.images, self.section.held_out.seed)
-        return HeldOutBundle(self.section.held_out, x0, labels, self.components.path)
+        x0, condition = self._x0(images, self.section.held_out.images, self.section.held_out.seed)
+        return HeldOutBundle(self.section.held_out, x0, condition, self.components.path)
 
     def _x0(self, images: ImageSet, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Clean images or latents and their labels, drawn by the seed, on the device."""
-        drawn, indices = draw(images, count, seed)
-        labels = images.labels[indices].to(self.device) if images.labels is not None else None
-        return self.data.space.encode(drawn.to(self.device)), labels
+        """Clean images or latents and their condition, drawn by the seed, on the device."""
+        return draw_x0(self.data, images, count, seed, self.device)
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
     def samples(
-        self, model: ModelMixin, count: int, labels: list[int] | None = None, steps: int | None = None
+        self, model: ModelMixin, count: int, condition: Sequence[Any] | None = None, steps: int | None = None
     ) -> Tensor:
-        """uint8 samples [count, ...] on the CPU from the stock pipeline around `model`, classes in turn."""
-        section, num_classes = self.section, self.data.num_classes
-        if labels is None and num_classes:
-            labels = balanced_labels(count, num_classes)
+        """uint8 samples [count, ...] on the CPU from the stock pipeline around `model`.
+
+        They are asked for by the classes in turn, or by the conditions of drawn clips (see `clips`).
+        """
+        section = self.section
+        if condition is None and self.data.num_classes:
+            condition = balanced_labels(count, self.data.num_classes)
+        if condition is None and self.components.family.kind == "clips":
+            condition = self.data.space.condition(self.clips(count).to(self.device))
         pipeline = self.components.pipeline(model).to(self.device)
         with evaluating(model):
             return generate(
                 pipeline,
                 self.components.family,
-                labels,
+                condition,
                 count,
                 steps=steps or section.steps,
                 guidance_scale=section.guidance_scale,
@@ -145,11 +149,24 @@ class Evaluator:
                 shard=self.shard,
             )
 
-    def grid(self, model: ModelMixin) -> tuple[Tensor, int]:
-        """Images for the sample grid, row by row, and its number of columns (one a class, at most ten)."""
-        columns = min(self.data.num_classes or self.data.space.columns, GRID_COLUMNS)
-        labels = balanced_labels(columns * self.section.grid, columns) if self.data.num_classes else None
-        return self.samples(model, columns * self.section.grid, labels), columns
+    def clips(self, count: int) -> Tensor:
+        """Clips whose poses and references are asked for: uint8 [count, 3, 2F + 1, H, W], in turn if fewer.
+
+        Drawn by the evaluation's seed from the first split: held-out ones where there are any.
+        """
+        drawn, _ = draw(next(iter(self.splits.values())), count, self.section.seed)
+        return drawn[torch.arange(count) % len(drawn)]
+
+    def grid(self, model: ModelMixin) -> SampleGrid:
+        """The sample grid: one column a class, at most ten; clips beside what was asked for."""
+        space, rows = self.data.space, self.section.grid
+        if self.components.family.kind == "clips":
+            clips, samples = self.clips(rows), self.samples(model, rows)
+            return SampleGrid(strips(clips, samples), columns=1, moving=moving(clips, samples))
+        columns = min(self.data.num_classes or space.columns, GRID_COLUMNS)
+        labels = balanced_labels(columns * rows, columns) if self.data.num_classes else None
+        samples = self.samples(model, columns * rows, labels)
+        return SampleGrid(space.pictures(samples), columns, texts=space.texts(samples))
 
     def metrics(self, model: ModelMixin, nats: dict[str, HeldOutResult], origin: dict[str, Any]) -> list[Metric]:
         """The held-out nats and the recipe's sample-based metrics, each with where it comes from.
@@ -162,8 +179,8 @@ class Evaluator:
         split, first = next(iter(nats.items()))
         about = origin | {"data": self.data.images.train.name}
         metrics = [first.to_metric(about | {"split": split})]
-        if self.components.family.sequences:
-            nats, (length,) = metrics[0], self.components.sample_shape
+        if self.components.family.kind == "sequences":
+            nats, (length,) = metrics[0], self.data.sample_shape
             per_symbol = {"value": nats.value / length, "spread": nats.spread / length}
             metrics.append(replace(nats, name=f"{nats.name}_per_symbol", **per_symbol))
         return metrics + (self._sample_metrics(model, about) if self.section.metrics else [])
@@ -181,7 +198,7 @@ class Evaluator:
             "guidance_scale": section.guidance_scale,
             "seed": section.seed,
         }
-        if self.components.family.sequences:
+        if self.components.family.kind == "sequences":
             symbols = self.components.channels
             return compare_ngrams(drawn.numpy(), fake.numpy(), symbols, seed=section.seed, origin=origin)
         return compare(
@@ -194,6 +211,33 @@ class Evaluator:
             origin=origin,
             real_fingerprint=f"{real.fingerprint}-{section.seed}-{count}",
         )
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """Samples to look at."""
+
+    pictures: Tensor
+    """uint8 [n, 1 or 3, H, W], row by row."""
+    columns: int
+    texts: list[str] | None = None
+    """Samples that are texts, as such."""
+    moving: Tensor | None = None
+    """Clips: one picture a frame, uint8 [F, 3, H, W]."""
+
+
+def draw_x0(
+    data: OpenedData, images: ImageSet, count: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """x0 [n, ...] of up to `count` samples of a part of `data`, drawn by the seed, and what they are conditioned on.
+
+    The condition is class labels int64 [n], condition maps [n, C, F, H, W], or None. Both are on the device.
+    """
+    drawn, indices = draw(images, count, seed)
+    drawn = drawn.to(device)
+    labels = None if images.labels is None else images.labels[indices].to(device)
+    maps = data.space.condition(drawn)
+    return data.space.encode(drawn), labels if maps is None else maps
 
 
 def draw(images: ImageSet, count: int, seed: int) -> tuple[Tensor, list[int]]:

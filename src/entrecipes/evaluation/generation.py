@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -31,7 +32,7 @@ def balanced_labels(count: int, num_classes: int) -> list[int]:
 def generate(
     pipeline: DiffusionPipeline,
     family: Family,
-    labels: Sequence[int] | None,
+    condition: Sequence[Any] | None,
     count: int,
     *,
     steps: int,
@@ -43,11 +44,11 @@ def generate(
     """Sample `count` images; image i starts from the seed `seed + i` whatever the batch or the process.
 
     Args:
-        labels: One label an image, or None for an unconditional model.
+        condition: One label or condition map [C, F, H, W] an image, or None for an unconditional model.
         shard: Processes that share the work; every one gets all images.
 
     Returns:
-        uint8 [count, C, H, W] (sequences: symbol ids [count, L]) on the CPU.
+        uint8 [count, C, H, W] (sequences: symbol ids [count, L]; clips: [count, 3, F, H, W]) on the CPU.
     """
     share = -(-count // shard.world_size)
     mine = [min(i, count - 1) for i in range(shard.rank * share, (shard.rank + 1) * share)]
@@ -55,6 +56,6 @@ def generate(
     for start in range(0, share, batch_size):
         indices = mine[start : start + batch_size]
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
-        wanted = [labels[i] for i in indices] if labels is not None else None
+        wanted = [condition[i] for i in indices] if condition is not None else None
         images.append(family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators))
     return shard.gather(torch.cat(images))[:count].cpu()

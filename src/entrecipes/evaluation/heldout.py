@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from entrecipes.evaluation.generation import Shard
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""x0 [n, ...], noise [n, ...], log_sigma [n], labels [n] or None: what a denoiser is called with."""
+"""x0 [n, ...], noise [n, ...], log_sigma [n], condition [n, ...] or None: what a denoiser is called with."""
 X0Error = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """The same -> squared x0 error, mean over dimensions [n]."""
 
@@ -104,12 +104,12 @@ class HeldOutBundle:
     Args:
         section: Number of levels, gate and seed (`images` is the caller's to cut).
         x0: Clean images or latents, float [N, ...], on the device where the model is.
-        labels: Class labels [N], or None.
+        condition: Class labels int64 [N], condition maps float [N, C, F, H, W], or None.
         path: Gives the range, `log_sigma_min` and `log_sigma_max`.
     """
 
-    def __init__(self, section: HeldOut, x0: Tensor, labels: Tensor | None, path: GaussianPath) -> None:
-        self.section, self.x0, self.labels = section, x0, labels
+    def __init__(self, section: HeldOut, x0: Tensor, condition: Tensor | None, path: GaussianPath) -> None:
+        self.section, self.x0, self.condition = section, x0, condition
         self.log_sigma = torch.linspace(
             float(path.log_sigma_min), float(path.log_sigma_max), section.noise_levels, dtype=torch.float64
         )
@@ -134,7 +134,10 @@ class HeldOutBundle:
             noise = self.noise(level)
             for batch in images.chunk(math.ceil(len(images) / batch_size)):
                 levels = torch.full((len(batch),), log_sigma, device=self.x0.device, dtype=torch.float32)
-                yield level, (self.x0[batch], noise[batch], levels, None if self.labels is None else self.labels[batch])
+                yield (
+                    level,
+                    (self.x0[batch], noise[batch], levels, None if self.condition is None else self.condition[batch]),
+                )
 
     @torch.inference_mode()
     def measure(self, x0_error: X0Error, batch_size: int = 250, shard: Shard | None = None) -> HeldOutResult:

@@ -14,7 +14,7 @@ from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
-from entrecipes.evaluation.evaluator import draw
+from entrecipes.evaluation.evaluator import draw_x0
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.information.profile import Profile
 from entrecipes.information.values import value_statistics
@@ -82,14 +82,12 @@ def measure_profile(
         raise UserError(
             "data: a stream must hold images out to be measured on; set held_out above 0 in the data section"
         )
-    drawn, indices = draw(images, section.images, section.seed)
-    x0 = data.space.encode(drawn.to(device))
-    labels = images.labels[indices].to(device) if images.labels is not None else None
+    x0, condition = draw_x0(data, images, section.images, section.seed, device)
     statistics = value_statistics(x0)
     if statistics["distinct_values"] < 2:
         raise UserError(f"data: all numbers of the {len(x0)} images are the same: there is no information to measure")
     denoiser = Denoiser(components.model.to(device).eval(), components.family, components.path)
-    bundle = HeldOutBundle(section, x0, labels, components.path)
+    bundle = HeldOutBundle(section, x0, condition, components.path)
     expect(seconds_of_one_batch(denoiser, bundle, batch_size) * len(bundle.log_sigma) * len(x0) / batch_size)
     start = time.perf_counter()
     found = bundle.measure(denoiser.x0_error, batch_size)  # gives its result on the CPU, hence waits for the device
@@ -121,12 +119,12 @@ def seconds_of_one_batch(denoiser: Denoiser, bundle: HeldOutBundle, batch_size: 
         UserError: Naming what the model fails on.
     """
     x0: Tensor = bundle.x0[:batch_size]
-    labels = None if bundle.labels is None else bundle.labels[:batch_size]
+    condition = None if bundle.condition is None else bundle.condition[:batch_size]
     level = torch.full((len(x0),), bundle.log_sigma.mean().item(), device=x0.device)
     try:
         for _ in range(2):  # the first one also warms up
             start = time.perf_counter()
-            prediction, target = denoiser(x0, torch.randn_like(x0), level, labels)
+            prediction, target = denoiser(x0, torch.randn_like(x0), level, condition)
             prediction.sum().item()
     except torch.OutOfMemoryError as error:
         raise UserError(f"{batch_size} images at a time do not fit into memory; lower --batch-size") from error

@@ -17,7 +17,7 @@ from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.families import Family, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
-from entrecipes.evaluation.evaluator import draw, evaluating
+from entrecipes.evaluation.evaluator import draw_x0, evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.profiling import seconds_of_one_batch
 from entrecipes.recipe.prune import Draws
@@ -41,7 +41,7 @@ class Scoring:
         family: How the model is called.
         path: Its noise path; gives the range of the levels, which are even in log sigma.
         x0: Clean images or latents, float [n, ...], on the device where the model will be.
-        labels: Class labels [n], or None.
+        condition: Class labels int64 [n], condition maps float [n, C, F, H, W], or None.
         batch_size: Images at a time; the hidden states of all blocks are held for so many.
         data: Name of the data, for the origin.
         data_fingerprint: What tells the data set that x0 is drawn from from any other.
@@ -54,7 +54,7 @@ class Scoring:
         family: Family,
         path: GaussianPath,
         x0: Tensor,
-        labels: Tensor | None,
+        condition: Tensor | None,
         *,
         batch_size: int = 64,
         data: str,
@@ -62,7 +62,7 @@ class Scoring:
         model: str | None = None,
     ) -> None:
         self.section, self.family, self.path, self.batch_size = section, family, path, batch_size
-        self.bundle = HeldOutBundle(section, x0, labels, path)
+        self.bundle = HeldOutBundle(section, x0, condition, path)
         self.data, self.data_fingerprint, self.model = data, data_fingerprint, model
 
     @classmethod
@@ -86,13 +86,11 @@ class Scoring:
                 "data: blocks can't be scored on a stream, which can't be asked for chosen images; set data.streaming: "
                 "false, or take one of its shards as data"
             )
-        drawn, indices = draw(images, section.images, section.seed)
         return cls(
             section,
             components.family,
             components.path,
-            data.space.encode(drawn.to(device)),
-            images.labels[indices].to(device) if images.labels is not None else None,
+            *draw_x0(data, images, section.images, section.seed, device),
             batch_size=batch_size,
             data=data.images.train.name,
             data_fingerprint=images.fingerprint,

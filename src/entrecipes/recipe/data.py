@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,9 @@ from entrecipes.recipe.base import PositiveCount, Section, register, union
 
 class Data(Section):
     """Keys that every source understands."""
+
+    kind: ClassVar[str] = "images"
+    """What the source holds: `images`, `sequences` or `clips`; a model denoises one kind."""
 
     held_out: float = Field(0.1, ge=0, lt=1)
     """Share of the images (or of the symbols) kept from training and used for evaluation."""
@@ -113,6 +116,8 @@ class PreparedData(DecodedImageData):
 
 class WindowData(Data):
     """Keys of the sources of symbols."""
+
+    kind: ClassVar[str] = "sequences"
 
     length: int | None = Field(None, gt=0)
     """Symbols in a window; null: the model's sample size."""

@@ -21,7 +21,9 @@ class Component(Section):
 class Model(Component):
     """The denoising network: a class of diffusers or of ours that has a family here, and its configuration."""
 
-    class_name: Literal["UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel"] = Field(alias="class")
+    class_name: Literal[
+        "UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel", "WanTransformer3DModel"
+    ] = Field(alias="class")
     """Name of a diffusers class, or of ours."""
 
 

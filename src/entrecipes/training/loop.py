@@ -33,7 +33,7 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
 
     batch = next(batches)
     x0 = run.space.encode(batch.images, random.normal)
-    labels = run.drop_labels(batch.labels)
+    condition = run.condition(batch)
 
     log_sigma, weight = run.noise.sample(training.batch_size, random.generator)
     level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype)
@@ -44,10 +44,10 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
     losses, x0_errors = [], []
     for rows, synchronise in run.micro_batches():
         with synchronise():
-            label = labels if labels is None else labels[rows]
-            prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], label)
+            asked = condition if condition is None else condition[rows]
+            prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], asked)
             loss, x0_error = run.objective(prediction, target, level[rows])
-            taught = run.pruner.distillation(prediction, x0[rows], noise[rows], level[rows], label)
+            taught = run.pruner.distillation(prediction, x0[rows], noise[rows], level[rows], asked)
             run.accelerator.backward(((loss + taught) * weight[rows]).sum() / len(x0))
         losses.append(loss.detach())
         x0_errors.append(x0_error)

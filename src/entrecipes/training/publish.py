@@ -95,7 +95,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
             "scheduler_class": type(components.scheduler).__name__,
             "prediction_type": components.path.prediction_type,
             "num_classes": run.data.num_classes,
-            "sample_size": components.image_size,
+            "sample_size": run.data.sample_shape[-1],
             "channels": components.channels,
             "steps": recipe.evaluation.steps,
             "guidance_scale": recipe.evaluation.guidance_scale,

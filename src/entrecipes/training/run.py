@@ -31,7 +31,7 @@ from entrecipes.information.values import value_statistics
 from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
-from entrecipes.report.plots import save_grid
+from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.launched import check_launch
 from entrecipes.training.optimizer import build_optimizer
@@ -181,12 +181,14 @@ class Run:
             num_workers=getattr(self.recipe.data, "num_workers", 0),
         )
 
-    def drop_labels(self, labels: Tensor | None) -> Tensor | None:
-        """Replace a share of the labels [n] by the null label, once per sample."""
+    def condition(self, batch: Batch) -> Tensor | None:
+        """Labels [n] or condition maps [n, C, ...] of a batch, a share of them replaced by the null one."""
+        condition = self.space.condition(batch.images)
+        condition = batch.labels if condition is None else condition
         if not self.recipe.training.label_dropout:
-            return labels
+            return condition
         dropped = self.random.uniform() < self.recipe.training.label_dropout
-        return torch.where(dropped, self.null_label, labels)
+        return torch.where(dropped.view(-1, *[1] * (condition.dim() - 1)), self.null_label, condition)
 
     def micro_batches(self) -> Iterator[tuple[slice, Callable[[], Any]]]:
         """Rows of each forward pass, and the context that holds gradients back until the last one."""
@@ -303,10 +305,11 @@ class Run:
             if nats_due:
                 self._log_nats(nats)
             if self.folder and self.due(training.sample_every, before):
-                images, columns = evaluator.grid(self.eval_model)
+                grid = evaluator.grid(self.eval_model)
                 if self.accelerator.is_main_process:
-                    texts = self.space.texts(images)
-                    save_grid(self.space.pictures(images), self.grid_path, columns, texts=texts)
+                    save_grid(grid.pictures, self.grid_path, grid.columns, texts=grid.texts)
+                    if grid.moving is not None:
+                        save_moving(grid.moving, self.grid_path.with_suffix(".gif"))
             if metrics_due:
                 origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
                 for metric in evaluator.metrics(self.eval_model, nats, origin):
