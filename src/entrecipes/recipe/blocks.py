@@ -6,11 +6,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from entrecipes.recipe.adapters import AdapterSection, NoAdapterSection
 from entrecipes.recipe.base import Count, Section, register, union
 
 
+class BlocksKeys(Section):
+    """What every section of the wing has."""
+
+    adapter: AdapterSection = NoAdapterSection()
+    """Which weights may be trained at all."""
+
+
 @register("blocks", implementation="entrecipes.blocks.schedule:AllBlocks")
-class AllBlocksSection(Section):
+class AllBlocksSection(BlocksKeys):
     """Train every weight from the first image to the last."""
 
     type: Literal["all"] = "all"
@@ -26,7 +34,7 @@ class Stage(Section):
 
 
 @register("blocks", implementation="entrecipes.blocks.schedule:StagedBlocks")
-class StagedBlocksSection(Section):
+class StagedBlocksSection(BlocksKeys):
     """Train the modules that a written schedule names; the baseline of every learned schedule."""
 
     type: Literal["staged"] = "staged"

@@ -56,7 +56,7 @@ class Recipe(Section):
             and not (self.data.held_out or getattr(self.data, "held_out_split", None))
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
-        problems += self._kind_problems()
+        problems += self._kind_problems() + self._adapter_problems()
         if self.prune.type != "none" and isinstance(self.blocks, StagedBlocksSection):
             numbered = [name for stage in self.blocks.stages for name in stage.train if re.search(r"\d", name)]
             problems += [f"blocks: '{name}' names a block by number, which prune changes" for name in numbered]
@@ -65,6 +65,24 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _adapter_problems(self) -> list[str]:
+        """Adapters change a trained model a little, and those beside it need it whole."""
+        adapter = self.blocks.adapter
+        if adapter.type == "none":
+            return []
+        problems = []
+        if self.pipeline.pretrained is None:
+            problems.append(
+                f"blocks.adapter.type: '{adapter.type}' adapts a trained model, but pipeline.build makes one; give "
+                "pipeline.pretrained, or take none"
+            )
+        if self.prune.type != "none" and not getattr(adapter, "merge", True):
+            problems.append(
+                "blocks.adapter.merge: must be true with prune, which removes blocks of the base that an adapter alone "
+                "would be loaded on"
+            )
+        return problems
 
     def _kind_problems(self) -> list[str]:
         """Images and sequences need models and metrics of their own."""
