@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
 from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, StagedBlocksSection
+from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
 from entrecipes.recipe.data import DataSection, WindowData
 from entrecipes.recipe.evaluation import Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
@@ -35,6 +36,8 @@ class Recipe(Section):
     """Which weights are trained, and from when."""
     prune: PruneSection = NoPruningSection()
     """Which blocks are removed, and when."""
+    curriculum: CurriculumSection = NoCurriculumSection()
+    """Which part of each sample is trained on, and when."""
     optimizer: OptimizerSection = AdamWOptimizer()
     """How the weights move."""
     training: Training

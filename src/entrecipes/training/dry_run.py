@@ -44,6 +44,9 @@ def dry_run(recipe: Recipe) -> Estimate:
     """
     run = Run(recipe, folder=None)
     batches = run.batches()
+    if run.blocks.advance(0):
+        run.wrap()
+    run.blocks.focus()
     step(run, batches)
     started = time.perf_counter()
     for _ in range(TIMED_STEPS):

@@ -32,8 +32,9 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
     random.begin(run.images)
 
     batch = next(batches)
-    x0 = run.space.encode(batch.images, random.normal)
-    condition = run.condition(batch)
+    samples = run.curriculum.view(batch.images, random.uniform)
+    x0 = run.space.encode(samples, random.normal)
+    condition = run.condition(samples, batch.labels)
 
     log_sigma, weight = run.noise.sample(training.batch_size, random.generator)
     level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype)
@@ -43,7 +44,7 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
     set_learning_rate(run.optimizer, rate)
     losses, x0_errors = [], []
     for rows, synchronise in run.micro_batches():
-        with synchronise():
+        with synchronise(), run.costs.watch():
             asked = condition if condition is None else condition[rows]
             prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], asked)
             loss, x0_error = run.objective(prediction, target, level[rows])

@@ -24,6 +24,7 @@ IDENTITY = (
     "noise.",
     "blocks.",
     "prune.",
+    "curriculum.",
     "optimizer.type",
     "training.seed",
     "training.ema",
@@ -99,6 +100,7 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     run.images = state["run"]["images"]
     try:
         run.pruner.load_state_dict(state.get("prune", {}))
+        run.curriculum.advance(run.images)  # it follows from the images seen
         run.blocks.load_state_dict(state["blocks"])
         run.wrap()
         run.model.load_state_dict(state["model"])

@@ -32,6 +32,7 @@ from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.report.plots import save_grid, save_moving
+from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.launched import check_launch
 from entrecipes.training.optimizer import build_optimizer
@@ -103,6 +104,8 @@ class Run:
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check(self.eval_model)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
+        self.curriculum = build("curriculum", recipe.curriculum, model=self.model, kind=self.components.family.kind)
+        self.costs = StepCosts(self.model)
         subject = self.subject()
         self.pruner = build("prune", recipe.prune, subject=subject)
         self.blocks = build("blocks", recipe.blocks, subject=subject)
@@ -135,6 +138,7 @@ class Run:
                 draws, self.components, self.data, self.device, batch_size
             ),
             agree=lambda value: broadcast_object_list([value])[0],
+            eligible=lambda name: self.curriculum.eligible(name),
         )
 
     def _prepare_model(self) -> None:
@@ -163,6 +167,7 @@ class Run:
         if self.ema:
             self.ema.follow(self.model)  # preparing may have given the weights new storage
         self.denoiser = Denoiser(self.wrapped, self.components.family, self.components.path)
+        self.costs.begin(self.model)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -181,10 +186,10 @@ class Run:
             num_workers=getattr(self.recipe.data, "num_workers", 0),
         )
 
-    def condition(self, batch: Batch) -> Tensor | None:
+    def condition(self, samples: Tensor, labels: Tensor | None) -> Tensor | None:
         """Labels [n] or condition maps [n, C, ...] of a batch, a share of them replaced by the null one."""
-        condition = self.space.condition(batch.images)
-        condition = batch.labels if condition is None else condition
+        condition = self.space.condition(samples)
+        condition = labels if condition is None else condition
         if not self.recipe.training.label_dropout:
             return condition
         dropped = self.random.uniform() < self.recipe.training.label_dropout
@@ -229,16 +234,21 @@ class Run:
 
     def advance_blocks(self) -> None:
         """Let blocks be removed, opened or closed; rebuild what depends on them when any was."""
+        if costs := self.costs.take(self.optimizer):
+            self.log.write("costs", self.images, **costs)
+        phases = self.curriculum.advance(self.images)
         removals = self.pruner.advance(self.images)
         events = self.blocks.advance(self.images)
-        if events or any(row["remove"] for row in removals):
+        if phases and not events:  # other weights are eligible now
+            self.blocks.load_state_dict(self.blocks.state_dict())
+        if phases or events or any(row["remove"] for row in removals):
             self.wrap()
         self.blocks.focus()
         for row in removals:
             self.log.write("prune", **row)
             self.log.write("event", self.images, what=row["what"])
-        for row in events:
-            self.log.write("event", self.images, **row)
+        for row in phases + events:
+            self.log.write("event", self.images, seconds=self.window.elapsed, **row)
 
     # -- when due ---------------------------------------------------------------------------------------------------
 

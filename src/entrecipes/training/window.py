@@ -37,6 +37,11 @@ class Window:
         self.total_seconds += now - self.started
         self.started = now
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent training so far, without waiting for the device."""
+        return self.total_seconds + time.perf_counter() - self.started
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time that does not count as training: evaluation, sampling, checkpoints."""
