@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from entrecipes.recipe.training import Ema
 
 
 class EmaModel:
-    """Averages every floating-point weight, trainable or frozen.
+    """Averages every floating-point weight that may be trained, frozen at the moment or not.
 
-    diffusers' own class copies a weight the moment it is frozen, which throws its average away; here a frozen weight's
+    Weights that never can be (the base under an adapter) are shared with the trained model, not copied. diffusers' own class copies a weight the moment it is frozen, which throws its average away; here a frozen weight's
     average goes on converging to it. The average is a model of its own: it is evaluated and saved as it is, and the
     trained weights are never swapped out.
 
@@ -21,17 +22,19 @@ class EmaModel:
     `warmup_ratio * images seen` while that is less.
     """
 
-    def __init__(self, section: Ema, model: nn.Module) -> None:
-        """Args: `model` is averaged from its present weights on."""
+    def __init__(self, section: Ema, model: nn.Module, eligible: Callable[[str], bool] = lambda name: True) -> None:
+        """Args: `model` is averaged from its present weights on; `eligible` says by name which may be trained."""
         self.section = section
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        shared = {id(weight): weight for name, weight in model.named_parameters() if not eligible(name)}
+        self.model = copy.deepcopy(model, shared).requires_grad_(False).eval()
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
         """Average this model from now on (again, after a change of its modules). Walking a module tree takes
         milliseconds, so that it is done once here and not in every step."""
-        self._mine = list(self.model.parameters()), list(self.model.buffers())
-        self._theirs = [parameter.detach() for parameter in model.parameters()], list(model.buffers())
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        mine, theirs = zip(*((own, their.detach()) for own, their in pairs if own is not their), strict=True)
+        self._mine, self._theirs = (mine, list(self.model.buffers())), (theirs, list(model.buffers()))
 
     def decay(self, images: int, batch_size: int) -> float:
         """Share of the average that stays at the step that ends at `images`."""

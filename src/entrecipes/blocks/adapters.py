@@ -1,0 +1,291 @@
+"""Which weights may be trained at all: all, a few of the model's own, or new ones beside it (LoRA)."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from entrecipes.blocks.stack import BlockStack
+from entrecipes.diffusion import lora
+from entrecipes.errors import UserError
+from entrecipes.recipe.adapters import BitFitSection, DiffFitSection, LoraKeys, NoAdapterSection, QLoraSection
+
+PARTS = re.compile(r"Attention|Attn|FeedForward|FFN|M(lp|LP)")
+"""Class names of attention and feed-forward modules in diffusers."""
+EMBEDDINGS = (
+    "*class_embed*",
+    "*label_emb*",
+    "*caption_projection*",
+    "*text_embedder*",
+    "*context_embedder*",
+    "*image_embedder*",
+    "*add_embedding*",
+)
+"""Weights of diffusers' models that embed classes, captions and condition images."""
+INPUT_LAYERS = ("patch_embedding.*", "patch_embed.*", "pos_embed.proj.*", "conv_in.*", "x_embedder.*", "proj_in.*")
+
+
+class NoAdapter:
+    """Trains the model's own weights; what every choice has in common.
+
+    A model that carries an adapter already is merged first.
+    """
+
+    own_weights = False
+    """Whether what is trained lies beside a frozen base: checkpoints then hold it alone."""
+
+    def __init__(self, section: NoAdapterSection, model: nn.Module, seed: int = 0) -> None:
+        """Args: `seed` is that of new weights."""
+        self.section = section
+        lora.merge(model)
+        self.prepare(model, seed)
+        names = [name for name, _ in model.named_parameters()]
+        if not any(map(self.eligible, names)):
+            raise UserError(f"blocks.adapter: {type(model).__name__} has nothing that {section.type} would train")
+        if section.type != "none":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(self.eligible(name))
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        """Change the model; its outputs stay as they are (with `qlora`, up to the 4 bits)."""
+
+    def eligible(self, name: str) -> bool:
+        """Whether the parameter of this name may be trained."""
+        return True
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint must hold of the trained or the averaged model."""
+        return model.state_dict()
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. Raises RuntimeError when it does not fit."""
+        model.load_state_dict(state)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the base; JSON values."""
+        return {}
+
+    def check_continues(self, identity: dict[str, Any], path: Path) -> None:
+        """Raises UserError unless the checkpoint at `path`, with this `identity`, was trained on this base."""
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """An ordinary model of the same outputs, which saves and loads as usual."""
+        return model
+
+    @property
+    def published_alone(self) -> bool:
+        """Whether `publish` writes the adapter in place of a pipeline."""
+        return False
+
+
+class BitFit(NoAdapter):
+    """Trains the biases (Zaken et al. 2022)."""
+
+    def eligible(self, name: str) -> bool:
+        return _is_bias(name)
+
+
+class Scale(nn.Module):
+    """A factor on a weight, one at first."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+class DiffFit(NoAdapter):
+    """Trains biases, gains of norms, condition embeddings and a scale after attention and feed-forward (Xie et al. 2023).
+
+    The scale is a parametrization of the output layer's weight and bias (one factor for both, so that it scales the
+    output), and so merges away without a rounding of its own.
+    """
+
+    def __init__(self, section: DiffFitSection, model: nn.Module, seed: int = 0) -> None:
+        super().__init__(section, model, seed)
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        self.embeddings = self.section.embeddings
+        if self.embeddings is None:
+            self.embeddings = EMBEDDINGS + (INPUT_LAYERS if _concatenates(model) else ())
+        else:
+            _match(self.embeddings, [name for name, _ in model.named_parameters()], "blocks.adapter.embeddings")
+        self.gains = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if "Norm" in type(module).__name__ and getattr(getattr(module, "weight", None), "ndim", 0) == 1
+        }
+        outputs = {_output(part) for part in _parts(model)}
+        for layer in filter(None, outputs):
+            scale = Scale(layer.weight.device)
+            for name in ("weight", "bias"):
+                if getattr(layer, name) is not None:
+                    parametrize.register_parametrization(layer, name, scale)
+
+    def eligible(self, name: str) -> bool:
+        return (
+            _is_bias(name)
+            or name in self.gains
+            or re.search(r"\.parametrizations\..*\.scale$", name) is not None
+            or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.embeddings)
+        )
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        for name, layer in list(model.named_modules()):
+            if parametrize.is_parametrized(layer):
+                # remove_parametrizations would change the layer's class, which copies of the model have in common
+                model.set_submodule(name, _unparametrized(layer))
+        return model
+
+
+class Lora(NoAdapter):
+    """Trains low-rank updates beside a frozen base (Hu et al. 2021)."""
+
+    own_weights = True
+
+    def __init__(self, section: LoraKeys, model: nn.Module, seed: int = 0) -> None:
+        self.quantised: tuple[str, ...] = ()
+        super().__init__(section, model, seed)
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        from peft import LoraConfig
+
+        self.base = lora.base_fingerprint(model)
+        targets = _targets(model, self.section.targets)
+        self.quantise(model)
+        rank = self.section.rank
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=self.section.alpha or rank,
+            lora_dropout=self.section.dropout,
+            target_modules=targets,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lora.add_lora(model, config)
+
+    def quantise(self, model: nn.Module) -> None:
+        """Make the base smaller."""
+
+    def eligible(self, name: str) -> bool:
+        return lora.is_lora(name)
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: value for name, value in model.state_dict().items() if self.eligible(name)}
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        keys = self.state_dict(model).keys()
+        if keys != state.keys():
+            raise RuntimeError(f"it holds another adapter: {sorted(keys ^ state.keys())[0]} is on one side only")
+        model.load_state_dict(state, strict=False)
+
+    def identity(self) -> dict[str, Any]:
+        return {"base": self.base}
+
+    def check_continues(self, identity: dict[str, Any], path: Path) -> None:
+        if identity.get("base") != self.base:
+            raise UserError(
+                f"{path}: its adapter was trained on another base than pipeline.pretrained holds now; put that base "
+                "back, or start afresh with training.resume=never"
+            )
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        lora.merge(model)
+        return model
+
+    @property
+    def published_alone(self) -> bool:
+        return not self.section.merge
+
+
+class QLora(Lora):
+    """The same beside a base whose blocks hold their linear layers in 4 bits (Dettmers et al. 2023)."""
+
+    def __init__(self, section: QLoraSection, model: nn.Module, seed: int = 0) -> None:
+        super().__init__(section, model, seed)
+
+    def quantise(self, model: nn.Module) -> None:
+        self.quantised = tuple(
+            f"{path}.{name}"
+            for path, block in _blocks(model)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        )
+        lora.quantise(model, self.quantised)
+
+
+def _unparametrized(layer: nn.Linear) -> nn.Linear:
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    for name in ("weight", "bias"):
+        value = getattr(layer, name)
+        plain.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
+    return plain.train(layer.training)
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith((".bias", ".parametrizations.bias.original"))
+
+
+def _concatenates(model: nn.Module) -> bool:
+    """Whether a condition enters with the noisy sample, as channels that do not come out again."""
+    config = model.config
+    return (config.get("in_channels") or 0) > (config.get("out_channels") or config.get("in_channels") or 0)
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    try:
+        stack = BlockStack(model)
+    except UserError as error:
+        raise UserError(f"blocks.adapter: {error}") from error
+    return [(path, model.get_submodule(path)) for block in stack.blocks for path in block.paths]
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The attention and feed-forward modules of all blocks, the outermost ones."""
+    for _, block in _blocks(model):
+        inside: set[nn.Module] = set()
+        for module in block.modules():
+            if module is not block and module not in inside and PARTS.search(type(module).__name__):
+                inside.update(module.modules())
+                yield module
+
+
+def _output(part: nn.Module) -> nn.Linear | None:
+    """The linear layer that an attention or feed-forward module ends with; None: it has none."""
+    layers = [module for module in getattr(part, "to_out", part).modules() if isinstance(module, nn.Linear)]
+    return layers[-1] if layers else None
+
+
+def _targets(model: nn.Module, patterns: tuple[str, ...] | None) -> list[str]:
+    """Names of the layers that get an update, in the order of the model."""
+    if patterns is None:
+        inside = {module for part in _parts(model) for module in part.modules()}
+        inside |= {child for _, block in _blocks(model) for child in block.children()}  # Flux's single blocks
+        return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return _match(
+        patterns,
+        [name for name, module in model.named_modules() if isinstance(module, kinds)],
+        "blocks.adapter.targets",
+    )
+
+
+def _match(patterns: tuple[str, ...], names: list[str], place: str) -> list[str]:
+    """The names that match any pattern. Raises UserError for a pattern that matches none."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+            raise UserError(f"{place}: '{pattern}' matches nothing; the model has {', '.join(kinds[:12])}...")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

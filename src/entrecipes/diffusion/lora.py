@@ -1,0 +1,190 @@
+"""LoRA on any model, beside a base in full precision or in 4 bits: put on, saved, loaded, merged.
+
+peft does the work. Through it, not through diffusers' `PeftAdapterMixin`, since some models (`DiTTransformer2DModel`)
+are without; what is saved is what the mixin's `load_lora_adapter` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from entrecipes.data.images import fingerprint
+from entrecipes.errors import UserError
+
+NAME = "default"
+"""Of the adapter in the model; peft's and diffusers' own default."""
+FOLDER = "adapter"
+"""Of a run folder: where an adapter is published."""
+BASE_FILE = "base.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter lies beside."""
+
+    source: str
+    """Hub id; or a folder, relative to the adapter's."""
+    revision: str | None
+    """Of the Hub id."""
+    local: bool
+    """Whether it is a folder."""
+    fingerprint: str
+    """Of its weights, before they were quantised."""
+    quantised: tuple[str, ...] = ()
+    """Linear layers that were held in 4 bits."""
+
+    @classmethod
+    def of(cls, pretrained: str, revision: str | None, folder: Path, **facts: Any) -> Base:
+        """A pipeline as a recipe names it, as seen from the adapter's folder."""
+        local = Path(pretrained).is_dir()
+        source = os.path.relpath(pretrained, folder) if local else pretrained
+        return cls(source, revision, local, **facts)
+
+    def found_from(self, folder: Path) -> str:
+        """The Hub id or folder, for the adapter in `folder`."""
+        return os.path.normpath(folder / self.source) if self.local else self.source
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Hash of the names and values of all weights."""
+    state = model.state_dict()
+    return fingerprint(*(part for name in sorted(state) for part in (name, state[name])))
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter belongs to an adapter, by its name."""
+    return ".lora_" in name
+
+
+def add_lora(model: nn.Module, config: Any) -> None:
+    """Put the adapter that a `peft.LoraConfig` describes on the model, and freeze all the rest."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, model, NAME)
+    model.train(model.training)  # the new modules too
+    if isinstance(model, PeftAdapterMixin):
+        model._hf_peft_config_loaded = True  # as its own add_adapter does
+
+
+def quantise(model: nn.Module, names: Iterable[str]) -> None:
+    """Hold the weights of these linear layers in 4 bits (NF4, with quantised statistics; Dettmers et al. 2023).
+
+    The bits are computed on the CPU, so that they are the same wherever the model is.
+
+    Raises:
+        UserError: When bitsandbytes can't be used here.
+    """
+    try:
+        import bitsandbytes
+
+        for name in names:
+            model.set_submodule(name, _quantised(bitsandbytes, model.get_submodule(name)))
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise UserError(
+            f"qlora: bitsandbytes can't hold weights in 4 bits here ({str(error).strip().splitlines()[0]}); update it, "
+            "or take blocks.adapter.type=lora"
+        ) from error
+
+
+def _quantised(bitsandbytes: Any, linear: nn.Linear) -> nn.Linear:
+    weight = linear.weight.detach()
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        # the first input would set it otherwise, differently after a resume; autocast still lowers the product
+        compute_dtype=torch.float32,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to("cpu")
+    layer.bias = linear.bias
+    # in eval mode it would repack the weights for bf16 in place, and training would go on with others
+    layer.support_avx512bf16_for_cpu = False
+    return layer.to(weight.device).train(linear.training)
+
+
+def merge(model: nn.Module) -> None:
+    """Turn a model with an adapter into an ordinary one, in place: 4-bit weights expanded, updates added.
+
+    Its outputs are those with the adapter up to rounding. An ordinary model stays as it is.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            model.set_submodule(name, _expanded(module))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    if isinstance(model, PeftAdapterMixin):
+        model._hf_peft_config_loaded = False
+
+
+def _expanded(layer: nn.Linear) -> nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit
+
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def save_adapter(model: nn.Module, folder: Path, base: Base) -> None:
+    """Write the adapter's weights and configuration as diffusers does, and beside them what it belongs to."""
+    PeftAdapterMixin.save_lora_adapter(model, folder, NAME)
+    (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=1) + "\n")
+
+
+def adapter_folder(source: str) -> Path | None:
+    """The folder of an adapter that we have saved: this one, or the one in this run folder; None: there is none."""
+    return next((path for path in (Path(source), Path(source) / FOLDER) if (path / BASE_FILE).is_file()), None)
+
+
+def read_base(folder: Path) -> Base:
+    """What the adapter in a folder belongs to. Raises UserError when that can't be read."""
+    try:
+        record = json.loads((folder / BASE_FILE).read_text())
+        return Base(**record | {"quantised": tuple(record["quantised"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / BASE_FILE}: damaged ({error}); resume the run to write it again") from error
+
+
+def load_adapter(model: nn.Module, folder: Path, base: Base) -> None:
+    """Put a saved adapter on a fresh base.
+
+    Raises:
+        UserError: When the base is another, or the files are missing or damaged.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    if base_fingerprint(model) != base.fingerprint:
+        raise UserError(
+            f"{folder}: this adapter was trained on other weights than {base.found_from(folder)} holds now; put that "
+            f"base back, or name it in {folder / BASE_FILE}"
+        )
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    try:
+        with safe_open(path, "pt") as file:
+            config = LoraConfig(**json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY]))
+        quantise(model, base.quantised)
+        add_lora(model, config)
+        set_peft_model_state_dict(model, load_file(path), NAME)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: no adapter for this base ({str(error).strip().splitlines()[0]})") from error
