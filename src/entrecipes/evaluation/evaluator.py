@@ -17,11 +17,13 @@ from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
+from entrecipes.evaluation.clips import compare_clips
 from entrecipes.evaluation.features import FeatureExtractor
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.ngrams import compare_ngrams
+from entrecipes.evaluation.pose_detector import pose_detector
 from entrecipes.evaluation.result import Metric
 from entrecipes.evaluation.side_by_side import moving, strips
 from entrecipes.recipe.base import build
@@ -50,6 +52,21 @@ class Evaluator:
     def extractor(self) -> FeatureExtractor:
         """The recipe's feature extractor. Raises `UserError` when it can't be had."""
         return build("features", self.section.features, device=self.device)
+
+    @cached_property
+    def judges(self) -> dict[str, Any]:
+        """Networks that clips are measured with besides the extractor, as far as metrics want them.
+
+        The pose detector is trained now when it isn't kept from another run. Raises `UserError` when one can't be had.
+        """
+        section, images, found = self.section, self.data.images, {}
+        if "fvd" in section.metrics:
+            found["video"] = build(
+                "video_features", section.video_features, features=self.extractor, device=self.device
+            )
+        if "pose" in section.metrics:
+            found["detector"] = pose_detector(section.pose, images.train, images.held_out, self.device)
+        return found
 
     def check(self, model: ModelMixin) -> None:
         """Sample two images as `evaluation:` says but in one step, and load the feature extractor, before any training.
@@ -82,7 +99,7 @@ class Evaluator:
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
             )
         if section.metrics and family.kind != "sequences":
-            _ = self.extractor
+            _ = self.extractor, self.judges
 
     # -- denoising --------------------------------------------------------------------------------------------------
 
@@ -186,11 +203,10 @@ class Evaluator:
         return metrics + (self._sample_metrics(model, about) if self.section.metrics else [])
 
     def _sample_metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
-        section = self.section
-        fake = self.samples(model, section.samples)
+        section, kind = self.section, self.components.family.kind
         real = self.data.images.train if section.reference == "train" else self.data.images.held_out
-        count = section.reference_samples or section.samples
-        drawn = draw(real, count, section.seed)[0]
+        count = section.samples if kind == "clips" else section.reference_samples or section.samples
+        drawn, indices = draw(real, count, section.seed)
         origin = origin | {
             "split": section.reference,
             "sampler": type(self.components.scheduler).__name__,
@@ -198,19 +214,23 @@ class Evaluator:
             "guidance_scale": section.guidance_scale,
             "seed": section.seed,
         }
-        if self.components.family.kind == "sequences":
-            symbols = self.components.channels
+        if kind == "sequences":
+            fake, symbols = self.samples(model, section.samples), self.components.channels
             return compare_ngrams(drawn.numpy(), fake.numpy(), symbols, seed=section.seed, origin=origin)
-        return compare(
-            section.metrics,
-            self.extractor,
-            drawn,
-            fake,
-            batch_size=section.batch_size,
-            seed=section.seed,
-            origin=origin,
-            real_fingerprint=f"{real.fingerprint}-{section.seed}-{count}",
-        )
+        about = {
+            "batch_size": section.batch_size,
+            "seed": section.seed,
+            "origin": origin,
+            "real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}",
+        }
+        if kind == "clips":
+            fake = self.samples(model, len(drawn), self.data.space.condition(drawn.to(self.device)))
+            joints = None if real.keypoints is None else real.keypoints[indices]
+            frames = drawn[:, :, : fake.shape[2]]
+            return compare_clips(
+                section.metrics, self.extractor, frames, fake, keypoints=joints, **self.judges, **about
+            )
+        return compare(section.metrics, self.extractor, drawn, self.samples(model, section.samples), **about)
 
 
 @dataclass(frozen=True)

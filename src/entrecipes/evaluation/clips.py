@@ -1,0 +1,270 @@
+"""Generated clips against real ones: each beside the clip that gave its condition, and all of them as a set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version as package_version
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from entrecipes.errors import UserError, nearest
+from entrecipes.evaluation.features import FeatureExtractor, torchmetrics_image
+from entrecipes.evaluation.metrics import MEASURES, Origin, embed, kid, kid_subset_size
+from entrecipes.evaluation.pose_detector import PoseDetector, pose_metrics
+from entrecipes.evaluation.result import Metric, metric_name
+from entrecipes.evaluation.video_features import VideoExtractor
+from entrecipes.recipe.evaluation import CLIP_METRICS, IMAGE_METRICS
+
+LEAST_CLIPS = 4
+PSNR_CAP = 100.0
+"""dB; equal frames have infinitely many, which no mean survives."""
+
+
+@dataclass(eq=False)
+class ClipSide:
+    """The real or the generated clips, uint8 [N, 3, F, H, W], with what networks see in them, computed once."""
+
+    clips: Tensor
+    extractor: FeatureExtractor
+    video: VideoExtractor | None
+    batch_size: int
+    frame_features: Tensor | None = field(default=None)
+    """Features of all frames [N * F, D], clip after clip."""
+
+    @property
+    def frames(self) -> Tensor:
+        """All frames [N * F, 3, H, W], clip after clip."""
+        return self.clips.transpose(1, 2).flatten(0, 1)
+
+    def features(self) -> Tensor:
+        """`frame_features`, computed when first asked for."""
+        if self.frame_features is None:
+            self.frame_features = embed(self.frames, self.extractor, self.batch_size)
+        return self.frame_features
+
+    @cached_property
+    def descriptors(self) -> Tensor:
+        """One vector a clip [N, D]."""
+        return self.video(self.clips, lambda: self.features().unflatten(0, (len(self.clips), -1)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Real clips and the clips generated from the same conditions, with what the measures need besides."""
+
+    real: ClipSide
+    fake: ClipSide
+    keypoints: Tensor | None
+    detector: PoseDetector | None
+    seed: int
+    origin: Origin
+
+    def metric(self, name: str, tag: str, values: Tensor, *, higher_is_better: bool, **about: str | float) -> Metric:
+        """Mean and spread of one value a clip [N]."""
+        deviation = values.double().std().item()
+        origin = {**self.origin, **about, "spread": "standard deviation over clips"}
+        name = metric_name(name, tag, len(values)) if tag else f"{name}_{len(values)}"
+        return Metric(name, values.double().mean().item(), deviation, origin, higher_is_better)
+
+    def by_clip(self, per_frame: Tensor) -> Tensor:
+        """Mean over each clip's frames: [N * F] -> [N]."""
+        return per_frame.unflatten(0, (len(self.real.clips), -1)).mean(1)
+
+
+_REAL: WeakKeyDictionary[FeatureExtractor, dict[str, ClipSide]] = WeakKeyDictionary()
+
+
+def compare_clips(
+    metrics: Sequence[str],
+    extractor: FeatureExtractor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    keypoints: Tensor | None = None,
+    video: VideoExtractor | None = None,
+    detector: PoseDetector | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    origin: Origin | None = None,
+    real_fingerprint: str | None = None,
+) -> list[Metric]:
+    """Measure generated clips against the real ones whose poses and reference images they were generated from.
+
+    Args:
+        metrics: Any of `ssim`, `psnr`, `perceptual`, `fid`, `kid`, `precision_recall` (of the frames), `fvd` (which
+            yields `fvd` and `kvd`), `pose` (which yields three), `motion`.
+        extractor: Embeds frames.
+        real: uint8 [N, 3, F, H, W].
+        fake: The same shape; clip i was generated from the poses and the reference image of real clip i.
+        keypoints: The poses asked for, float [N, F, 13, 3]: x, y in [0, 1] and visibility; `pose` needs them.
+        video: Describes clips; `fvd` needs it.
+        detector: Finds joints; `pose` needs it.
+        batch_size: Frames embedded at a time.
+        seed: Of the kernel distances' subsets.
+        origin: What the caller knows of the samples (split, sampler, steps, seed, ema).
+        real_fingerprint: Identifies the real clips, down to their selection: what the networks see in them is then kept
+            in memory as long as the extractor lives.
+
+    Returns:
+        Metrics in the order asked.
+
+    Raises:
+        UserError: For an unknown metric, clips that don't pair or are too few, or a number that isn't finite.
+    """
+    for name in metrics:
+        if name not in CLIP_METRICS:
+            raise UserError(f"evaluation.metrics: there is no '{name}' of clips{nearest(name, CLIP_METRICS)}")
+    if real.shape != fake.shape or real.ndim != 5 or len(real) < LEAST_CLIPS:
+        raise UserError(
+            f"evaluation.samples: real clips {list(real.shape)} and generated clips {list(fake.shape)} can't be "
+            f"compared; give at least {LEAST_CLIPS} pairs of one shape [N, 3, F, H, W]"
+        )
+    known = _REAL.setdefault(extractor, {}) if real_fingerprint else {}
+    key = f"{real_fingerprint}-{video.tag if video else None}"
+    if key not in known:
+        known[key] = ClipSide(real, extractor, video, batch_size)
+    about = {**(origin or {}), "samples": len(fake), "frames": fake.shape[2], "size": fake.shape[-1]}
+    fake_side = ClipSide(fake, extractor, video, batch_size)
+    pairs = Pairs(known[key], fake_side, keypoints, detector, seed, about)
+    # The perceptual distance embeds the frames on its way, so that it goes first.
+    found = {name: _MEASURES[name](pairs) for name in sorted(metrics, key=lambda name: name != "perceptual")}
+    return [metric for name in metrics for metric in found[name]]
+
+
+def _measure_ssim(pairs: Pairs) -> list[Metric]:
+    ssim = torchmetrics_image("ssim").StructuralSimilarityIndexMeasure(data_range=255.0, reduction="none")
+    values = ssim(pairs.fake.frames.float(), pairs.real.frames.float())
+    version = package_version("torchmetrics")
+    return [pairs.metric("ssim", "", pairs.by_clip(values), higher_is_better=True, torchmetrics=version)]
+
+
+def _measure_psnr(pairs: Pairs) -> list[Metric]:
+    squared = (pairs.fake.frames.float() - pairs.real.frames.float()).square().mean((1, 2, 3))
+    decibels = (10 * torch.log10(255.0**2 / squared)).clamp(max=PSNR_CAP)
+    return [pairs.metric("psnr", "", pairs.by_clip(decibels), higher_is_better=True, cap=PSNR_CAP)]
+
+
+def _measure_perceptual(pairs: Pairs) -> list[Metric]:
+    """As LPIPS (Zhang et al. 2018, eq. 1) but without its learned weights, and of another network: no LPIPS.
+
+    Feature maps of several stages, each position's vector of unit length: the squared distance, mean over positions and
+    stages; 0 for equal frames, 2 for unrelated directions, 4 at most.
+    """
+    extractor, maps, distances, features = pairs.fake.extractor, [], [], []
+    if not extractor.stages:
+        raise UserError(
+            f"evaluation.metrics: 'perceptual' knows no stages of {extractor.name}; use `features.type: "
+            "efficientnet_lite0`"
+        )
+    handles = [module.register_forward_hook(lambda _, __, output: maps.append(output)) for module in extractor.stages]
+    try:
+        half = max(1, pairs.fake.batch_size // 2)
+        for both in zip(pairs.real.frames.split(half), pairs.fake.frames.split(half), strict=True):
+            maps.clear()
+            features.append(extractor(torch.cat(both)).cpu().chunk(2))
+            halves = [F.normalize(map_.float(), dim=1).chunk(2) for map_ in maps]
+            stages = [(real - fake).square().sum(1).mean((1, 2)) for real, fake in halves]
+            distances.append(torch.stack(stages).mean(0).cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    pairs.real.frame_features, pairs.fake.frame_features = (torch.cat(side) for side in zip(*features, strict=True))
+    about = {"extractor": extractor.name, "extractor_version": extractor.version, "stages": len(extractor.stages)}
+    values = pairs.by_clip(torch.cat(distances))
+    return [pairs.metric("perceptual", extractor.tag, values, higher_is_better=False, **about)]
+
+
+def _measure_frames(name: str, pairs: Pairs) -> list[Metric]:
+    """One of the metrics on sets of images, on all frames."""
+    extractor = pairs.fake.extractor
+    real, fake = pairs.real.features(), pairs.fake.features()
+    about = {
+        **pairs.origin,
+        "extractor": extractor.name,
+        "extractor_version": extractor.version,
+        "samples": len(fake),
+        "reference_samples": len(real),
+        "clips": len(pairs.fake.clips),
+    }
+    return MEASURES[name](real, fake, pairs.seed, f"frames_{extractor.tag}", about)
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of two Gaussians fitted to [N, D] and [M, D], exact also where D is far above N.
+
+    The trace of the root of the product of both covariances is the sum of the singular values of an N x M matrix
+    (centred descriptors of one side times those of the other), so that no D x D matrix is needed.
+    """
+    real, fake = real.double(), fake.double()
+    means = real.mean(0), fake.mean(0)
+    centred = [(side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((real, fake), means, strict=True)]
+    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    variances = sum(side.square().sum() for side in centred)
+    return float((means[0] - means[1]).square().sum() + variances - 2 * cross)
+
+
+def _measure_fvd(pairs: Pairs) -> list[Metric]:
+    """The Frechet distance is biased upward by hundreds of clips in thousands of dimensions, the kernel form is not.
+
+    So both are given: `fvd` compares runs of equal counts, `kvd` (0 on average between two draws of one source) says
+    how far apart the sources are.
+    """
+    video = pairs.fake.video
+    real, fake = pairs.real.descriptors, pairs.fake.descriptors
+    about = {
+        **pairs.origin,
+        "extractor": video.name,
+        "extractor_version": video.version,
+        "reference_samples": len(real),
+        "dimensions": real.shape[1],
+    }
+    halves = {"real_halves": round(frechet(real[::2], real[1::2]), 4)}
+    subsets = {
+        "spread": "standard deviation over subsets",
+        "subset_size": kid_subset_size(len(real), len(fake)),
+        "subset_seed": pairs.seed,
+        "torchmetrics": package_version("torchmetrics"),
+    }
+    mean, deviation = kid(real, fake, seed=pairs.seed)
+    name, count = video.tag, len(fake)
+    return [
+        Metric(metric_name("fvd", name, count), frechet(real, fake), None, about | halves, higher_is_better=False),
+        Metric(metric_name("kvd", name, count), mean, deviation, about | subsets, higher_is_better=False),
+    ]
+
+
+def _measure_pose(pairs: Pairs) -> list[Metric]:
+    if pairs.keypoints is None or pairs.detector is None:
+        raise UserError("evaluation.metrics: 'pose' needs clips with keypoints; use `data.type: clips`")
+    return pose_metrics(pairs.detector, pairs.fake.clips, pairs.keypoints, pairs.origin)
+
+
+def _motion(clips: Tensor) -> Tensor:
+    """Mean absolute difference between consecutive frames, in grey levels of 255: uint8 [N, 3, F, H, W] -> [N]."""
+    return clips.float().diff(dim=2).abs().mean((1, 2, 3, 4))
+
+
+def _measure_motion(pairs: Pairs) -> list[Metric]:
+    """How far the ratio of generated to real motion is from 1: 0 as in the real clips, 1 for still ones."""
+    real, fake = _motion(pairs.real.clips), _motion(pairs.fake.clips)
+    if not real.mean() > 0:
+        raise UserError("evaluation.metrics: 'motion' needs real clips that move; look at the data")
+    ratio = (fake.mean() / real.mean()).item()
+    origin = {**pairs.origin, "ratio": round(ratio, 4), "real_grey_levels": round(real.mean().item(), 4)}
+    return [Metric(f"motion_gap_{len(fake)}", abs(1 - ratio), None, origin, higher_is_better=False)]
+
+
+_MEASURES: dict[str, Callable[[Pairs], list[Metric]]] = {
+    "ssim": _measure_ssim,
+    "psnr": _measure_psnr,
+    "perceptual": _measure_perceptual,
+    **{name: lambda pairs, name=name: _measure_frames(name, pairs) for name in IMAGE_METRICS},
+    "fvd": _measure_fvd,
+    "pose": _measure_pose,
+    "motion": _measure_motion,
+}
