@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.diffusion import lora
 from entrecipes.errors import UserError
-from entrecipes.recipe.adapters import BitFitSection, DiffFitSection, LoraKeys, NoAdapterSection, QLoraSection
+from entrecipes.recipe.adapters import DiffFitSection, LoraKeys, NoAdapterSection, QLoraSection
 
 PARTS = re.compile(r"Attention|Attn|FeedForward|FFN|M(lp|LP)")
 """Class names of attention and feed-forward modules in diffusers."""
@@ -105,9 +105,9 @@ class Scale(nn.Module):
 
 
 class DiffFit(NoAdapter):
-    """Trains biases, gains of norms, condition embeddings and a scale after attention and feed-forward (Xie et al. 2023).
+    """Trains biases, gains of norms, condition embeddings, and scales of attention and feed-forward (Xie et al. 2023).
 
-    The scale is a parametrization of the output layer's weight and bias (one factor for both, so that it scales the
+    A scale is a parametrization of the output layer's weight and bias (one factor for both, so that it scales the
     output), and so merges away without a rounding of its own.
     """
 

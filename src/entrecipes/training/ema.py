@@ -14,9 +14,10 @@ from entrecipes.recipe.training import Ema
 class EmaModel:
     """Averages every floating-point weight that may be trained, frozen at the moment or not.
 
-    Weights that never can be (the base under an adapter) are shared with the trained model, not copied. diffusers' own class copies a weight the moment it is frozen, which throws its average away; here a frozen weight's
-    average goes on converging to it. The average is a model of its own: it is evaluated and saved as it is, and the
-    trained weights are never swapped out.
+    Weights that never can be (the base under an adapter) are shared with the trained model, not copied. diffusers' own
+    class copies a weight the moment it is frozen, which throws its average away; here a frozen weight's average goes on
+    converging to it. The average is a model of its own: it is evaluated and saved as it is, and the trained weights are
+    never swapped out.
 
     The weight's share in the average halves every `half_life` images (Karras et al. 2022), or every
     `warmup_ratio * images seen` while that is less.

@@ -52,8 +52,9 @@ def state_of(run: Run) -> dict[str, Any]:
     """Everything that decides anything from here on."""
     scaler = run.accelerator.scaler
     return {
-        "model": run.model.state_dict(),
-        "ema": run.ema.state_dict() if run.ema else {},
+        "model": run.adapter.state_dict(run.model),
+        "ema": run.adapter.state_dict(run.ema.model) if run.ema else {},
+        "adapter": run.adapter.identity(),
         "optimizer": run.optimizer.optimizer.state_dict(),
         "noise": run.noise.state_dict(),
         "blocks": run.blocks.state_dict(),
@@ -89,6 +90,7 @@ def resume(run: Run) -> Path | None:
     path, state = found
     for notice in check_continues(path, state, run.recipe, run.world_size):
         logger.warning(notice)
+    run.adapter.check_continues(state.get("adapter", {}), path)
     _load(run, path, state)
     if run.accelerator.is_main_process:
         checkpoint.set_aside(run.folder / "checkpoints", beyond=run.images)
@@ -103,9 +105,9 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
         run.curriculum.advance(run.images)  # it follows from the images seen
         run.blocks.load_state_dict(state["blocks"])
         run.wrap()
-        run.model.load_state_dict(state["model"])
+        run.adapter.load_state_dict(run.model, state["model"])
         if run.ema:
-            run.ema.load_state_dict(state["ema"] or state["model"])
+            run.adapter.load_state_dict(run.ema.model, state["ema"] or state["model"])
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
         _match_memory_format(run.optimizer.optimizer)
         run.noise.load_state_dict(state["noise"])

@@ -79,8 +79,9 @@ class Run:
             self.data = open_data(recipe.data, self.components, self.device)
         self.space = self.data.space
         self.model = self.components.model.to(self.device)
+        self.adapter = build("adapter", recipe.blocks.adapter, model=self.model, seed=training.seed)
         self._prepare_model()
-        self.ema = EmaModel(training.ema, self.model) if training.ema else None
+        self.ema = EmaModel(training.ema, self.model, self.adapter.eligible) if training.ema else None
         self.objective = Objective(recipe.objective, self.components.path)
         self.random = StepRandom(
             training.seed, training.batch_size, self.accelerator.process_index, self.world_size, self.device
@@ -138,7 +139,7 @@ class Run:
                 draws, self.components, self.data, self.device, batch_size
             ),
             agree=lambda value: broadcast_object_list([value])[0],
-            eligible=lambda name: self.curriculum.eligible(name),
+            eligible=lambda name: self.adapter.eligible(name) and self.curriculum.eligible(name),
         )
 
     def _prepare_model(self) -> None:
