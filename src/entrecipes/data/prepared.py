@@ -53,9 +53,10 @@ def prepare(name: str, options: Options | None = None, *, output: Path | None = 
         UserError: Unknown name, missing client or network (with what can be done), unexpected content, or the folder
             holds the set with other options or something else and `force` is off.
     """
-    source, options = find_source(name), options or Options()
+    source = find_source(name)
+    options = options or Options(size=source.size)
     folder = output or prepared_folder(name)
-    chosen = asdict(options) if source.any_size else {}
+    chosen = source.chosen(options)
     there = facts(folder)
     if folder.exists() and any(folder.iterdir()):
         if there is None:
@@ -78,6 +79,8 @@ def prepare(name: str, options: Options | None = None, *, output: Path | None = 
         "options": chosen,
         "images": len(dataset),
     }
+    if source.clips:
+        noted["videos"] = len(set(dataset["video"]))
     if source.alphabet is not None:
         noted |= {"alphabet": source.alphabet, "independent": source.independent}
     with atomic_folder(folder) as scratch:
@@ -93,19 +96,29 @@ def load(section: PreparedData, *, image_size: int, channels: int) -> Splits:
     Raises:
         UserError: It has not been built, or drawn smaller than the model takes; missing columns.
     """
-    source, folder = find_source(section.name), prepared_folder(section.name)
-    if source.alphabet is not None:
+    if find_source(section.name).alphabet is not None:
         raise UserError(f"data.name: '{section.name}' holds sequences; say data.type: sequences")
+    table = prepared_table(section.name, image_size)
+    return open_table(table, section, image_size=image_size, channels=channels)
+
+
+def prepared_table(name: str, image_size: int) -> Table:
+    """A prepared set by its name, which holds images of at least that size.
+
+    Raises:
+        UserError: It has not been built, or drawn smaller.
+    """
+    source, folder = find_source(name), prepared_folder(name)
     noted = facts(folder)
-    command = f"entrecipes data prepare {section.name}" + (f" --size {image_size}" if source.any_size else "")
+    command = f"entrecipes data prepare {name}" + (f" --size {image_size}" if source.any_size else "")
     if noted is None:
-        raise UserError(f"data.name: '{section.name}' is not prepared on this machine yet: run `{command}`")
+        raise UserError(f"data.name: '{name}' is not prepared on this machine yet: run `{command}`")
     if noted["options"].get("size", image_size) < image_size:
         raise UserError(
-            f"data.name: '{section.name}' was drawn at {noted['options']['size']} px and the model takes {image_size}: "
+            f"data.name: '{name}' was drawn at {noted['options']['size']} px and the model takes {image_size}: "
             f"run `{command} --force`"
         )
-    return open_table(read_prepared(folder), section, image_size=image_size, channels=channels)
+    return read_prepared(folder)
 
 
 def read_prepared(folder: Path) -> Table:
@@ -121,12 +134,12 @@ def read_prepared(folder: Path) -> Table:
 
 
 def _table(source: Source, files: list[Path], options: Options) -> datasets.Dataset:
-    """All rows of a source, images as PNG; classes in the order of their names."""
+    """All rows of a source: images as PNG, classes in the order of their names, other values as they are."""
     columns: dict[str, list[Any]] = {}
     for row in _encoded(source.rows(files, options)):
         for key, value in row.items():
             columns.setdefault(key, []).append(value)
-    features: dict[str, Any] = {key: datasets.Value("string") for key in columns}
+    features: dict[str, Any] = {key: _feature(values[0]) for key, values in columns.items()}
     if "image" in columns:
         features["image"] = datasets.Image()
     if "label" in columns:
@@ -139,6 +152,12 @@ def _table(source: Source, files: list[Path], options: Options) -> datasets.Data
         features=datasets.Features(features),
     )
     return datasets.Dataset.from_dict(columns, info=info)
+
+
+def _feature(value: Any) -> Any:
+    if isinstance(value, list):
+        return datasets.Sequence(datasets.Value("float32"))
+    return datasets.Value("int64" if isinstance(value, int) else "string")
 
 
 def _encoded(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -72,7 +72,7 @@ def require_columns(available: Iterable[str], wanted: dict[str, str | None], pla
 
 
 def open_table(table: Table, section: DecodedImageData, *, image_size: int, channels: int) -> Splits:
-    """Split by `section.split_seed` (rows that share a `group` stay together), decode what fits in memory.
+    """Split by `section.split_seed` (rows that share a `group` or a `video` stay together), decode what fits in memory.
 
     Raises:
         UserError: Missing columns, unusable labels, too few images, or more than `max_bad_images` unreadable ones.
@@ -88,7 +88,8 @@ def open_table(table: Table, section: DecodedImageData, *, image_size: int, chan
                 f"data.image_column: column '{table.image_column}' of {table.place} holds "
                 f"{part.features[table.image_column]}, not images."
             )
-    groups = table.dataset["group"][:] if "group" in table.dataset.column_names else None
+    column = next((name for name in ("group", "video") if name in table.dataset.column_names), None)
+    groups = table.dataset[column][:] if column else None
     share = 0 if table.held_out is not None else section.held_out
     train, kept = split_indices(
         len(table.dataset), share, section.split_seed, groups=groups, max_images=section.max_images, place=table.place

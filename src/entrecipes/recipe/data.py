@@ -154,4 +154,43 @@ class HubSequenceData(WindowData):
     """Column with the sequences. Rows with symbols outside the model's alphabet, such as N in DNA, are left out."""
 
 
+class VideoData(Data):
+    """Keys of the sources of clips of people with their poses. A clip counts as one image."""
+
+    kind: ClassVar[str] = "clips"
+
+    image_size: int = Field(ge=8)
+    """Side of the square that frames are resized (short side) and centre-cropped to, in pixels."""
+    frames: int = Field(8, ge=1)
+    """Frames of a clip."""
+    frame_step: int = Field(2, ge=1)
+    """Frames of the video from one frame of a clip to the next."""
+    clip_step: PositiveCount | None = None
+    """Frames of the video from the start of one clip to the next; null: half of what a clip spans."""
+    videos: tuple[str, ...] = Field(("*",), min_length=1)
+    """Patterns of the names of the videos to train on, such as `walk/*` or `*/view0`."""
+    held_out_videos: tuple[str, ...] | None = Field(None, min_length=1)
+    """Patterns of the names of the videos to hold out; null: the share `held_out` of the clips. Either way clips of one
+    video never land on both sides."""
+    reference: Literal["outside", "first"] = "outside"
+    """The image that shows how the person looks: `outside`, a frame of the same video that is not in the clip (one in
+    it where the video has no other), drawn by `split_seed`; `first`, the clip's first frame."""
+    min_visibility: float = Field(0.5, ge=0, le=1)
+    """Mean visibility of the joints below which a frame counts as without pose, and its clips as bad."""
+    min_motion: float = Field(0.5, ge=0)
+    """Mean difference between a clip's successive frames, in grey levels of 255, below which it counts as still, and
+    bad."""
+    max_bad_clips: int = Field(50, ge=0)
+    """Bad clips (too short, without poses, still, undecodable) that are named and skipped; one more is an error."""
+
+
+@register("data", implementation="entrecipes.data.clips:load")
+class ClipsData(VideoData):
+    """Clips of people with poses, built by `entrecipes data prepare`: rendered motion capture, or real videos."""
+
+    type: Literal["clips"] = "clips"
+    name: str = "mocap"
+    """`mocap` or `people`."""
+
+
 DataSection = union("data")
