@@ -16,7 +16,8 @@ from entrecipes.report.comparison.curve import Curve, read_curve
 from entrecipes.report.run_folder import RunFolder
 
 TRAIN_NATS, SECONDS, SPEED, MEMORY = "train_nats", "seconds of training", "images per second", "peak memory (GiB)"
-"""Numbers of a run that are no metric of run.json."""
+STEP_MEMORY, SAVED, STATE = "step memory (MiB)", "saved activations (MiB)", "gradients and optimizer (MiB)"
+"""Numbers of a run that are no metric of run.json; those in MiB are of the step that holds the most."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,17 @@ class ArmRun:
         if self.held_out and self.held_out[-1].get(TRAIN_NATS) is not None:
             values[TRAIN_NATS] = self.held_out[-1][TRAIN_NATS]
         keys = {SECONDS: "seconds_training", SPEED: "images_per_second", MEMORY: "peak_memory_gib"}
-        return values | {name: self.facts[key] for name, key in keys.items() if self.facts.get(key) is not None}
+        values |= {name: self.facts[key] for name, key in keys.items() if self.facts.get(key) is not None}
+        return values | {name: value / 2**20 for name, value in self._step_bytes().items()}
+
+    def _step_bytes(self) -> dict[str, float]:
+        """What the heaviest step held, in bytes; empty where it was not measured."""
+        rows = self.source.metrics("costs")
+        if not rows:
+            return {}
+        state = [row["gradient_bytes"] + row["optimizer_bytes"] for row in rows]
+        saved = [row["saved_bytes"] for row in rows]
+        return {STEP_MEMORY: max(map(sum, zip(saved, state, strict=True))), SAVED: max(saved), STATE: max(state)}
 
     def curve(self, metric: str) -> Curve:
         """The curve of a metric. Raises `UserError` when the run measured no such thing."""

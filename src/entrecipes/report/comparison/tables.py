@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from entrecipes.report.comparison.arms import MEMORY, SECONDS, SPEED, TRAIN_NATS, Spread
+from entrecipes.report.comparison.arms import MEMORY, SAVED, SECONDS, SPEED, STATE, STEP_MEMORY, TRAIN_NATS, Spread
 from entrecipes.report.comparison.comparison import Comparison
 from entrecipes.report.facts import number
 
 NOT_REACHED = "not reached"
 COSTS = (SECONDS, SPEED, MEMORY)
+STEP = (STEP_MEMORY, SAVED, STATE)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def tables(comparison: Comparison) -> list[Table]:
     if not comparison.others:
         return [_only(comparison)]
     numbers = [_number(comparison, name) for name in _others(comparison)]
-    return [_speedups(comparison), _otherwise(comparison), _metric(comparison), *numbers, _costs(comparison)]
+    found = [_speedups(comparison), _otherwise(comparison), _metric(comparison), *numbers, _costs(comparison)]
+    return found + ([_step_memory(comparison)] if STEP_MEMORY in comparison.value_names else [])
 
 
 def headlines(comparison: Comparison) -> list[str]:
@@ -55,6 +57,7 @@ def better(comparison: Comparison, name: str) -> bool | None:
         TRAIN_NATS: False,
         SECONDS: False,
         MEMORY: False,
+        **dict.fromkeys(STEP, False),
         SPEED: True,
         comparison.metric: comparison.higher_is_better,
     }
@@ -120,7 +123,7 @@ def seeds_text(comparison: Comparison) -> str:
 
 def _others(comparison: Comparison) -> list[str]:
     """The final numbers with a table of their own."""
-    return [name for name in comparison.value_names if name not in (comparison.metric, TRAIN_NATS, *COSTS)]
+    return [name for name in comparison.value_names if name not in (comparison.metric, TRAIN_NATS, *COSTS, *STEP)]
 
 
 def _direction(comparison: Comparison, name: str) -> str:
@@ -188,8 +191,28 @@ def _number(comparison: Comparison, name: str) -> Table:
 
 def _costs(comparison: Comparison) -> Table:
     """What the runs took, in all."""
-    rows = [[arm, *(spread_text(comparison.values(arm, name)) for name in COSTS)] for arm in comparison.arms]
-    return Table("The whole run: mean (lowest to highest)", ["arm", *COSTS], rows)
+    rows = [
+        [arm, *(spread_text(comparison.values(arm, name)) for name in COSTS), _times_less(comparison, arm, SECONDS)]
+        for arm in comparison.arms
+    ]
+    return Table("The whole run: mean (lowest to highest)", ["arm", *COSTS, "fewer seconds for its images"], rows)
+
+
+def _step_memory(comparison: Comparison) -> Table:
+    """What the heaviest training step held, beside the weights."""
+    rows = [
+        [arm, *(spread_text(comparison.values(arm, name)) for name in STEP), _times_less(comparison, arm, STEP_MEMORY)]
+        for arm in comparison.arms
+    ]
+    return Table("The heaviest step, beside the weights: mean (lowest to highest)", ["arm", *STEP, "less memory"], rows)
+
+
+def _times_less(comparison: Comparison, arm: str, name: str) -> str:
+    """How many times less of a cost an arm took than the baseline, seed by seed."""
+    if arm == comparison.baseline:
+        return "baseline"
+    own, base = comparison.values(arm, name).by_seed, comparison.values(comparison.baseline, name).by_seed
+    return factors(Spread({seed: base[seed] / own[seed] for seed in own if seed in base}))
 
 
 def _only(comparison: Comparison) -> Table:
