@@ -126,8 +126,8 @@ BROKEN = {
     "bad choice in a list": (
         GOOD + "evaluation:\n  metrics:\n    - fid\n    - kit\n",
         [
-            "r.yaml:11: evaluation.metrics.1: expected fid, kid, precision_recall, ngrams, ssim, psnr, perceptual, fvd, "
-            "pose or motion, got 'kit'; did you mean 'kid'?"
+            "r.yaml:11: evaluation.metrics.1: expected fid, kid, precision_recall, ngrams, ssim, psnr, perceptual, "
+            "fvd, pose or motion, got 'kit'; did you mean 'kid'?"
         ],
     ),
     "out of bounds": (
