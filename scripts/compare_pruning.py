@@ -98,7 +98,7 @@ class Runs:
     def scores(self, seed: int) -> dict[str, Any]:
         """Every score of the model to start from, on the target's training images."""
         run = self.dense(seed)
-        scoring = Scoring.on_training_images(Draws(seed=seed), run.components, run.data, run.device)
+        scoring = Scoring.on_images(Draws(seed=seed), run.components, run.data, run.device)
         found = scoring.measure(run.model)
         weights = scoring.weights(run.noise)
         values = {name: found.score(name, weights).tolist() for name in found.names}

@@ -53,18 +53,18 @@ def same(first: BlockScores, second: BlockScores, **tolerance: float) -> bool:
 
 def test_the_same_draws_every_time(dit) -> None:
     components, data = dit
-    scoring = Scoring.on_training_images(FEW, components, data, CPU)
+    scoring = Scoring.on_images(FEW, components, data, CPU)
     first = scoring.measure(components.model)
     assert same(first, scoring.measure(components.model), rtol=0, atol=0)
-    anew = Scoring.on_training_images(FEW, components, data, CPU, batch_size=5)
+    anew = Scoring.on_images(FEW, components, data, CPU, batch_size=5)
     assert same(first, anew.measure(components.model), rtol=1e-4), "batches differ by rounding only"
-    other = Scoring.on_training_images(FEW.model_copy(update={"seed": 1}), components, data, CPU)
+    other = Scoring.on_images(FEW.model_copy(update={"seed": 1}), components, data, CPU)
     assert not same(first, other.measure(components.model), rtol=1e-2)
 
 
 def test_the_full_model_is_measured_as_in_an_evaluation(dit) -> None:
     components, data = dit
-    scoring = Scoring.on_training_images(FEW, components, data, CPU, batch_size=5)
+    scoring = Scoring.on_images(FEW, components, data, CPU, batch_size=5)
     found = scoring.measure(components.model, gradients=False)
     denoiser = Denoiser(components.model.eval(), components.family, components.path)
     held_out = scoring.bundle.measure(denoiser.x0_error)
@@ -75,20 +75,20 @@ def test_the_full_model_is_measured_as_in_an_evaluation(dit) -> None:
 
 def test_where_the_scores_come_from(dit) -> None:
     components, data = dit
-    scoring = Scoring.on_training_images(FEW, components, data, CPU, model="mine")
+    scoring = Scoring.on_images(FEW, components, data, CPU, model="mine")
     origin = scoring.measure(components.model).origin
     assert origin["model"] == "mine" and origin["data"] == "digits" and origin["device"] == "cpu"
     assert (origin["images"], origin["noise_levels"], origin["samples"], origin["seed"]) == (12, 5, 60, 0)
     assert origin["passes"] == 60 * (1 + 1 / 2 + 3) and origin["seconds"] > 0
     assert origin["data_fingerprint"] == scoring.data_fingerprint
-    more = Scoring.on_training_images(FEW.model_copy(update={"seed": 1, "images": 13}), components, data, CPU)
+    more = Scoring.on_images(FEW.model_copy(update={"seed": 1, "images": 13}), components, data, CPU)
     assert more.data_fingerprint == scoring.data_fingerprint, "of the data set, however much of it is drawn"
 
 
 def test_a_model_in_training_stays_in_training(dit) -> None:
     components, data = dit
     model = components.model.train()
-    scoring = Scoring.on_training_images(FEW, components, data, CPU)
+    scoring = Scoring.on_images(FEW, components, data, CPU)
     before = torch.get_rng_state()
     seconds = scoring.try_out(model)
     assert seconds > 0 and model.training
@@ -102,7 +102,7 @@ def test_a_model_in_training_stays_in_training(dit) -> None:
 def test_the_weights_of_a_fixed_schedule(dit, section: Section) -> None:
     components, data = dit
     sampler = build("noise", section, path=components.path)
-    scoring = Scoring.on_training_images(FEW, components, data, CPU)
+    scoring = Scoring.on_images(FEW, components, data, CPU)
     levels = scoring.bundle.log_sigma
     ends = torch.tensor([-100.0, 100.0], dtype=torch.float64)
     edges = torch.cat([ends[:1], (levels[1:] + levels[:-1]) / 2, ends[1:]])
@@ -121,7 +121,7 @@ def learned(section: Section, path: GaussianPath) -> NoiseSampler:
 
 def test_the_weights_of_learned_schedules(dit) -> None:
     components, data = dit
-    scoring = Scoring.on_training_images(FEW, components, data, CPU)
+    scoring = Scoring.on_images(FEW, components, data, CPU)
     uniform = scoring.weights(build("noise", UniformNoise(), path=components.path))
     section = InfoNoiseSection(warmup=500, ramp=0, refresh_every=500, floor=0.1, buffer=4000)
     infonoise = learned(section, components.path)
@@ -139,19 +139,19 @@ def test_a_stream_is_refused(dit) -> None:
     components, data = dit
     stream = SimpleNamespace(train=object())
     with pytest.raises(UserError, match="set data.streaming: false"):
-        Scoring.on_training_images(FEW, components, stream, CPU)
+        Scoring.on_images(FEW, components, stream, CPU)
 
 
 def test_sequences_and_flow() -> None:
     components, data = subject(SEQUENCE, FLOW, data=TEXT)
-    scores = Scoring.on_training_images(FEW, components, data, CPU).measure(components.model)
+    scores = Scoring.on_images(FEW, components, data, CPU).measure(components.model)
     assert scores.dimensions == 27 * 16 and len(scores.paths) == 2
     assert bool(scores.score("output_distance").gt(0).all()) and bool(scores.score("bi").isfinite().all())
 
 
 def test_scores_in_a_loop_of_ones_own(dit) -> None:
     components, data = dit
-    scoring = Scoring.on_training_images(FEW, components, data, CPU)
+    scoring = Scoring.on_images(FEW, components, data, CPU)
     expected = scoring.measure(components.model)
     pipeline, (x0, labels) = components.pipeline(), (scoring.bundle.x0, scoring.bundle.condition)
     assert same(expected, score_blocks(pipeline, x0, labels, noise_levels=5), rtol=0, atol=0)

@@ -85,7 +85,7 @@ BROKEN = {
     ),
     "missing type": (
         GOOD + "blocks:\n  stages: []\n",
-        ["r.yaml:8: blocks.type: is missing: one of all, staged (`entrecipes ls blocks` says more)"],
+        ["r.yaml:8: blocks.type: is missing: one of all, staged, entprog (`entrecipes ls blocks` says more)"],
     ),
     "missing key": (
         GOOD.replace("  images: 50k", "  batch_size: 4"),

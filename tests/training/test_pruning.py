@@ -131,7 +131,7 @@ def test_every_score_can_rank():
 
 def measured(run: Run, gone: list[int], score: str) -> dict[int, float]:
     """The score of every block that is left, by its number in the dense model, measured as a user would."""
-    scoring = Scoring.on_training_images(Draws(**DRAWS), run.components, run.data, run.device)
+    scoring = Scoring.on_images(Draws(**DRAWS), run.components, run.data, run.device)
     values = scoring.measure(run.model, gone, gradients=score == "taylor").score(score, scoring.weights(run.noise))
     return dict(zip(run.pruner.kept, values.tolist(), strict=True))
 
@@ -301,7 +301,7 @@ def test_a_model_without_blocks_is_refused():
 def test_scores_of_another_model_or_data_set_are_refused(tmp_path):
     recipe = pruned({"type": "one_shot"})
     run = Run(recipe, None)
-    scoring = Scoring.on_training_images(recipe.prune.draws, run.components, run.data, run.device)
+    scoring = Scoring.on_images(recipe.prune.draws, run.components, run.data, run.device)
     scores = scoring.measure(run.model, gradients=False)
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(scores.to_json()))

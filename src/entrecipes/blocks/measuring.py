@@ -177,7 +177,7 @@ class _Taylor:
 
     def add(self, draw: Draw) -> None:
         flat = [p for block in self.weights for p in block]
-        with torch.enable_grad(), _trainable(flat):
+        with torch.enable_grad(), trainable(flat):
             prediction, target = draw.call()
             loss = (prediction.float() - target.float()).square().flatten(1).mean(1).sum()
             gradients = torch.autograd.grad(loss, flat, allow_unused=True)
@@ -192,7 +192,7 @@ class _Taylor:
 
 
 @contextlib.contextmanager
-def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+def trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within, gradients flow to these, frozen or not."""
     before = [p.requires_grad for p in parameters]
     for p in parameters:

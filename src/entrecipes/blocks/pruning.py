@@ -6,6 +6,7 @@ Blocks are named by their index in the dense model throughout, whatever has been
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from entrecipes.blocks.stack import BlockStack
 from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
-from entrecipes.recipe.prune import Draws, NoPruningSection, PruneKeys, WrittenPruningSection
+from entrecipes.recipe.prune import NoPruningSection, PruneKeys, WrittenPruningSection
 
 FILE = "pruning.json"
 
@@ -40,6 +41,12 @@ class Scoring(Protocol):
     def weights(self, sampler: NoiseSampler, levels: Tensor | None = None) -> Tensor:
         """Share of a sampler's draws at each of some noise levels [L]."""
 
+    def loss(self, model: nn.Module, objective: Objective, weights: Tensor) -> float:
+        """The training loss on the draws, each noise level by its weight [L]."""
+
+    def call(self, model: nn.Module) -> Tensor:
+        """Predict from a few of the images, with gradients where they are on."""
+
 
 class NoiseSampler(Protocol):
     """The run's noise, as far as a pruner draws from it (`noise.base.NoiseSampler`)."""
@@ -50,7 +57,7 @@ class NoiseSampler(Protocol):
 
 @dataclass(frozen=True)
 class Subject:
-    """The run as a pruner sees it."""
+    """The run as pruners and block schedules see it."""
 
     components: Components
     """The model in training and its noise path."""
@@ -64,12 +71,19 @@ class Subject:
     """The loss."""
     noise: NoiseSampler
     """Where training draws noise levels."""
-    scoring: Callable[[Draws], Scoring]
-    """Makes what blocks are scored on; called only where that is needed."""
+    scoring: Callable[..., Scoring]
+    """Makes what blocks are scored on from `Draws` or a `HoldOut`, and the `split` (train, or held_out); called only
+    where that is needed."""
     agree: Callable[[Any], Any]
     """Makes all processes take what the first one found."""
     eligible: Callable[[str], bool] = lambda name: True
     """Whether the weight of a name may be trained at all."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds of training so far, without waiting for the device."""
+    snapshot: Callable[[], dict[str, Any]] | None = None
+    """Copies the weights, their average and the optimizer's state."""
+    restore: Callable[[dict[str, Any]], None] | None = None
+    """Goes back to what `snapshot` gave, the trained weights being the same."""
 
 
 class Pruner(Protocol):

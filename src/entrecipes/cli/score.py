@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     model = components.model.to(device)
     selection, count = _selection(BlockStack(model), recipe, args.remove)
     data = open_data(recipe.data, components, device)
-    scoring = Scoring.on_training_images(section, components, data, device, args.batch_size, model=args.pipeline)
+    scoring = Scoring.on_images(section, components, data, device, args.batch_size, model=args.pipeline)
     gradients = not args.no_gradients
     subject.expect(scoring.try_out(model, gradients))
     scores = scoring.measure(model, gradients=gradients)

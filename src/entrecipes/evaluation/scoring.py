@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from entrecipes.blocks.stack import BlockStack
 from entrecipes.data.images import ImageSet, fingerprint
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.families import Family, family_of_pipeline
+from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import draw_x0, evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.profiling import seconds_of_one_batch
+from entrecipes.recipe.blocks import HoldOut
 from entrecipes.recipe.prune import Draws
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Scoring:
 
     def __init__(
         self,
-        section: Draws,
+        section: Draws | HoldOut,
         family: Family,
         path: GaussianPath,
         x0: Tensor,
@@ -66,21 +68,25 @@ class Scoring:
         self.data, self.data_fingerprint, self.model = data, data_fingerprint, model
 
     @classmethod
-    def on_training_images(
+    def on_images(
         cls,
-        section: Draws,
+        section: Draws | HoldOut,
         components: Components,
         data: OpenedData,
         device: torch.device,
         batch_size: int = 64,
         model: str | None = None,
+        split: Literal["train", "held_out"] = "train",
     ) -> Scoring:
-        """Draw training images by the section's seed.
+        """Draw images of a split by the section's seed.
 
         Raises:
-            UserError: For a stream, which can't be asked for chosen images, or when too many are unreadable.
+            UserError: For a stream, which can't be asked for chosen images, without held-out images, or when too many
+                are unreadable.
         """
-        images = data.train
+        images = data.train if split == "train" else data.held_out
+        if images is None:
+            raise UserError("data: no images are held out, which blocks are compared on; set data.held_out above 0")
         if not isinstance(images, ImageSet):
             raise UserError(
                 "data: blocks can't be scored on a stream, which can't be asked for chosen images; set data.streaming: "
@@ -151,6 +157,28 @@ class Scoring:
             seconds = seconds_of_one_batch(Denoiser(model, self.family, self.path), self.bundle, self.batch_size)
         passes = 1 + (blocks - 1) / 2 + (3 if gradients else 0)
         return seconds / self.batch_size * len(self.bundle.x0) * levels * passes
+
+    @torch.inference_mode()
+    def loss(self, model: ModelMixin, objective: Objective, weights: Tensor) -> float:
+        """The training loss on the draws: the same images, noise and noise levels every time, in eval mode.
+
+        Args:
+            model: As for `measure`.
+            objective: The loss of training.
+            weights: What each noise level counts [L], such as `weights` of the run's sampler.
+        """
+        denoiser, levels = Denoiser(model, self.family, self.path), len(self.bundle.log_sigma)
+        sums = torch.zeros(levels, dtype=torch.float64, device=self.bundle.x0.device)
+        with evaluating(model):
+            for level, batch in self.bundle.batches(self.batch_size):
+                sums[level] += objective(*denoiser(*batch), batch[2])[0].double().sum()
+        return float(sums.cpu() @ weights.double() / len(self.bundle.x0))
+
+    def call(self, model: ModelMixin) -> Tensor:
+        """Predict from the first two images at the middle noise level, with gradients where they are on."""
+        levels = self.bundle.batches(2)
+        middle = next(batch for level, batch in levels if level == len(self.bundle.log_sigma) // 2)
+        return Denoiser(model, self.family, self.path)(*middle)[0]
 
     def weights(self, sampler: NoiseSampler, levels: Tensor | None = None) -> Tensor:
         """Share of a sampler's draws, times the factors of their losses, that is nearest to each level [L], float64.

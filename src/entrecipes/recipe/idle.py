@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from entrecipes.recipe.blocks import EntProgSection, StagedBlocksSection
 from entrecipes.recipe.data import FolderData, HubData, PreparedData, WindowData
 from entrecipes.recipe.prune import UNMEASURED, EntPrunerSection, RankedKeys
 from entrecipes.recipe.schema import Recipe
@@ -14,7 +15,7 @@ _METRIC_KEYS = ("features", "samples", "reference", "reference_samples")
 
 def idle_keys(recipe: Recipe) -> dict[str, str]:
     """Dotted keys without effect in this recipe, set or not, each with the reason."""
-    return dict([*_model(recipe), *_pruning(recipe), *_data(recipe), *_measuring(recipe)])
+    return dict([*_model(recipe), *_blocks(recipe), *_pruning(recipe), *_data(recipe), *_measuring(recipe)])
 
 
 def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -28,9 +29,32 @@ def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "optimizer.schedule.decay_start", "with decay: constant"
     elif schedule.decay_start >= images:
         yield "optimizer.schedule.decay", f"when it starts after the run's {images} images"
-    for i, stage in enumerate(getattr(recipe.blocks, "stages", ())):
-        if stage.from_images >= images:
-            yield f"blocks.stages.{i}", f"when it starts after the run's {images} images"
+
+
+def _blocks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    blocks, images = recipe.blocks, recipe.training.images
+    if isinstance(blocks, StagedBlocksSection):
+        for i, stage in enumerate(blocks.stages):
+            if stage.from_images >= images:
+                yield f"blocks.stages.{i}", f"when it starts after the run's {images} images"
+    if not isinstance(blocks, EntProgSection):
+        return
+    if blocks.order != "cost_aware":
+        yield "blocks.score", f"with order: {blocks.order}"
+    if blocks.measured is None:
+        yield "blocks.draws", f"with order: {blocks.order}"
+        yield "blocks.rerank", f"with order: {blocks.order}"
+    elif blocks.measured != "information":
+        yield "blocks.draws.gate_pivot", f"with the score {blocks.measured}"
+    if blocks.growth == "none":
+        yield "blocks.stages", "with growth: none"
+        if blocks.measured:
+            yield "blocks.rerank", "with growth: none"
+    if not blocks.searches:
+        for key in ("step", "candidates", "final", "supernet", "mode", "clock", "burst", "holdout"):
+            yield f"blocks.{key}", f"with growth: {blocks.growth}"
+    elif blocks.mode == "snapshot":
+        yield "blocks.burst", "with mode: snapshot"
 
 
 def _pruning(recipe: Recipe) -> Iterator[tuple[str, str]]:

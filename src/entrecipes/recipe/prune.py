@@ -12,7 +12,7 @@ from entrecipes.recipe.evaluation import HeldOut
 PRUNING, ENTPRUNER = "entrecipes.blocks.pruning", "entrecipes.blocks.entpruner"
 PAPER = "EntPruner (arXiv 2511.21122)"
 
-ScoreName = Literal[
+MeasuredScore = Literal[
     "information",
     "loss_rise",
     "output_distance",
@@ -26,9 +26,8 @@ ScoreName = Literal[
     "ced_sample",
     "taylor",
     "magnitude",
-    "random",
-    "spread",
 ]
+ScoreName = Literal[MeasuredScore, "random", "spread"]
 UNMEASURED = ("random", "spread")
 """Rankings that measure nothing: by chance (the run's seed), and evenly spaced (BK-SDM's "oracle" pattern)."""
 

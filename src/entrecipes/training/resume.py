@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.optim import Optimizer
-
 from entrecipes.errors import UserError
 from entrecipes.recipe.changes import HARMLESS, differences
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
 from entrecipes.training.run import Run
+from entrecipes.training.snapshots import match_memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +107,8 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
         if run.ema:
             run.adapter.load_state_dict(run.ema.model, state["ema"] or state["model"])
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
-        _match_memory_format(run.optimizer.optimizer)
+        match_memory_format(run.optimizer.optimizer)
         run.noise.load_state_dict(state["noise"])
-        run.blocks.focus()
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -121,14 +118,7 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     if run.accelerator.scaler is not None and state["run"]["scaler"]:
         run.accelerator.scaler.load_state_dict(state["run"]["scaler"])
     run.window.load_state_dict(state["window"])
-
-
-def _match_memory_format(optimizer: Optimizer) -> None:
-    """Give the loaded moments the strides of their weights, which fused kernels rely on and checkpoints don't keep."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    run.blocks.focus()
 
 
 def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_size: int) -> list[str]:

@@ -37,6 +37,7 @@ from entrecipes.training.ema import EmaModel
 from entrecipes.training.launched import check_launch
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
+from entrecipes.training.snapshots import restore, snapshot
 from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
 from entrecipes.training.window import Window
 
@@ -135,11 +136,14 @@ class Run:
             seed=self.recipe.training.seed,
             objective=self.objective,
             noise=self.noise,
-            scoring=lambda draws: Scoring.on_training_images(
-                draws, self.components, self.data, self.device, batch_size
+            scoring=lambda draws, split="train": Scoring.on_images(
+                draws, self.components, self.data, self.device, batch_size, split=split
             ),
             agree=lambda value: broadcast_object_list([value])[0],
             eligible=lambda name: self.adapter.eligible(name) and self.curriculum.eligible(name),
+            clock=lambda: self.window.elapsed,
+            snapshot=lambda: snapshot(self),
+            restore=lambda state: restore(self, state),
         )
 
     def _prepare_model(self) -> None:
