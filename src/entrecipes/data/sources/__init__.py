@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from entrecipes.data.sources import animals, drawings, mnist, mocap, photos, sequences
+from entrecipes.data.sources import animals, drawings, mnist, mocap, people, photos, sequences
 from entrecipes.data.sources.base import Source
 from entrecipes.errors import UserError, nearest
 
 CATALOGUE: dict[str, Source] = {
-    source.name: source for module in (mnist, animals, drawings, photos, mocap, sequences) for source in module.SOURCES
+    source.name: source
+    for module in (mnist, animals, drawings, photos, mocap, people, sequences)
+    for source in module.SOURCES
 }
 
 
