@@ -16,10 +16,12 @@ from entrecipes.data.sources.base import Options, Source, expect
 POSES = Path(__file__).parents[1] / "human_poses.json"
 """{file in its package: one pose a frame, 13 joints times (x, y, visibility) flat, or null}; see measure_poses.py."""
 VIDEOS = {
-    **{f"balance/cam0{i}": (0, f"Pose2Sim/Demo_SinglePerson/videos/cam0{i}.mp4") for i in (1, 2, 3, 4)},
-    "street/demo": (1, "Sports2D/Demo/demo.mp4"),
+    **{f"balance/cam0{i}": (0, f"Pose2Sim/Demo_SinglePerson/videos/cam0{i}.mp4", slice(100)) for i in (1, 2, 3, 4)},
+    "street/jumping": (1, "Sports2D/Demo/demo.mp4", slice(169)),
+    "street/walking": (1, "Sports2D/Demo/demo.mp4", slice(169, 230)),
 }
-"""Name -> (number of its package, file in it). The first four show the same moments from four sides."""
+"""Name -> (number of its package, file in it, frames that follow one person). The first four show the same moments from
+four sides."""
 VISIBLE = 0.8
 """Frames in which the joints are less visible on average are left out."""
 
@@ -33,7 +35,7 @@ def videos(files: list[Path], options: Options) -> Iterator[dict[str, Any]]:
     from entrecipes.data.video_files import BadVideo, crop, read_video
 
     measured = json.loads(POSES.read_text())
-    for name, (package, file) in VIDEOS.items():
+    for name, (package, file, part) in VIDEOS.items():
         poses = np.array([pose or [np.nan] * 39 for pose in measured[file]]).reshape(-1, 13, 3)
         with tempfile.NamedTemporaryFile(suffix=".mp4") as unpacked:
             unpacked.write(read_member(files[package], file))
@@ -42,7 +44,7 @@ def videos(files: list[Path], options: Options) -> Iterator[dict[str, Any]]:
             try:
                 for count, picture in enumerate(read_video(Path(unpacked.name)), 1):
                     if count == 1:
-                        plan = _plan(poses, picture.shape[1], picture.shape[0])
+                        plan = _plan(poses, part, picture.shape[1], picture.shape[0])
                     if found := plan.get(count - 1):
                         square, pose = found
                         image, keypoints = crop(picture, square, options.size), pose.ravel().tolist()
@@ -52,11 +54,12 @@ def videos(files: list[Path], options: Options) -> Iterator[dict[str, Any]]:
         expect(count == len(poses), f"{file} has {count} frames, not {len(poses)}", files[package])
 
 
-def _plan(poses: np.ndarray, width: int, height: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{frame to keep: (its square [3], its pose [13, 3] in the square)} from poses [T, 13, 3] in the picture."""
+def _plan(poses: np.ndarray, part: slice, width: int, height: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{frame of `part` to keep: (its square [3], its pose [13, 3] there)} from poses [T, 13, 3] in the picture."""
     from entrecipes.data.video_files import crop_keypoints, person_squares
 
-    good = np.flatnonzero((poses[..., 2].mean(1) >= VISIBLE) & _inside(poses))  # a missing pose is NaN, and neither
+    good = (poses[..., 2].mean(1) >= VISIBLE) & _inside(poses)  # a missing pose is NaN, and neither
+    good = np.arange(len(poses))[part][good[part]]
     plan = {}
     for run in np.split(good, np.flatnonzero(np.diff(good) != 1) + 1):
         squares = person_squares(poses[run], width, height)
@@ -73,7 +76,7 @@ def _inside(poses: np.ndarray) -> np.ndarray:
 SOURCES = (
     Source(
         name="people",
-        description="5 real videos of people with poses, any size; identifiable people: keep them on this machine",
+        description="6 real videos of people (552 frames) with poses, any size; identifiable: keep them on this machine",
         license="BSD-3 (the packages')",
         packages=(
             Package("pip", "pose2sim", "0.10.49", "403e0dc4065898ba6a595e72a8970950310979253d60e24c2e00b16b36bf21e1"),
