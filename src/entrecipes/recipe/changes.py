@@ -9,6 +9,7 @@ HARMLESS = (
     "license",
     "data.num_workers",
     "data.max_bad_images",
+    "data.max_bad_clips",
     "data.on_device",
     "evaluation.",
     "training.log_every",

@@ -193,4 +193,15 @@ class ClipsData(VideoData):
     """`mocap` or `people`."""
 
 
+@register("data", implementation="entrecipes.data.video_folder:load")
+class VideoFolderData(VideoData):
+    """A folder of your own videos (.mp4, .webm, .gif ...), with NAME.poses.json beside each or a metadata.jsonl."""
+
+    type: Literal["video_folder"] = "video_folder"
+    path: str
+    """The folder, relative to the working directory."""
+    crop: Literal["centre", "person"] = "centre"
+    """What is cut out of each frame: the square in its middle, or one that follows the person."""
+
+
 DataSection = union("data")

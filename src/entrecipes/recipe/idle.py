@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from entrecipes.recipe.blocks import EntProgSection, StagedBlocksSection
-from entrecipes.recipe.data import FolderData, HubData, PreparedData, WindowData
+from entrecipes.recipe.data import FolderData, HubData, PreparedData, VideoData, WindowData
 from entrecipes.recipe.prune import UNMEASURED, EntPrunerSection, RankedKeys
 from entrecipes.recipe.schema import Recipe
 
@@ -91,7 +91,10 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "data.held_out", "with held_out_split"
     if isinstance(data, HubData) and not data.streaming:
         yield "data.shuffle_buffer", "without streaming: true"
-    if (own_split or not data.held_out) and data.max_images is None:
+    if isinstance(data, VideoData):
+        if data.held_out_videos is not None:
+            yield "data.held_out", "with held_out_videos"
+    elif (own_split or not data.held_out) and data.max_images is None:
         yield "data.split_seed", "when nothing is split or drawn"
 
 

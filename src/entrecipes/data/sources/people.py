@@ -76,7 +76,7 @@ def _inside(poses: np.ndarray) -> np.ndarray:
 SOURCES = (
     Source(
         name="people",
-        description="6 real videos of people (552 frames) with poses, any size; identifiable: keep them on this machine",
+        description="6 real videos of people (552 frames) with poses, any size; not to be passed on",
         license="BSD-3 (the packages')",
         packages=(
             Package("pip", "pose2sim", "0.10.49", "403e0dc4065898ba6a595e72a8970950310979253d60e24c2e00b16b36bf21e1"),
