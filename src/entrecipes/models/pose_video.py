@@ -56,6 +56,9 @@ class PoseVideoPipeline(DiffusionPipeline):
 
         Returns:
             [n, 6, F, H, W], or the latents of both [n, 2C, F', h, w].
+
+        Raises:
+            ValueError: When the VAE can't compress clips of this length or size.
         """
         still = reference[:, :, None].expand_as(poses)
         return torch.cat([self._encode(poses), self._encode(still)], dim=1)
@@ -75,7 +78,7 @@ class PoseVideoPipeline(DiffusionPipeline):
         """Sample one clip for each reference.
 
         Args:
-            reference: A PIL image, a list of them, or a tensor [n, 3, H, W] in [0, 1].
+            reference: A PIL image or a list of them (resized to the poses), or a tensor [n, 3, H, W] in [0, 1].
             poses: The pose maps: a list of PIL images (one clip), a list of such lists, or a tensor [n, F, 3, H, W] in
                 [0, 1]. They give the number of frames and the size.
             condition: What `encode_condition` gave, in place of both.
@@ -86,13 +89,15 @@ class PoseVideoPipeline(DiffusionPipeline):
             return_dict: False gives a tuple.
 
         Raises:
-            ValueError: When neither the condition nor both its parts are given, or their numbers or sizes differ.
+            ValueError: When neither the condition nor both its parts are given, their numbers or sizes differ, or the
+                transformer takes no clips of that size.
         """
         device, dtype = self._execution_device, self.transformer.dtype
         if condition is None:
             condition = self.encode_condition(*self._prepare(reference, poses))
-        condition = condition.to(device, dtype)
         config = self.transformer.config
+        self._check(condition)
+        condition = condition.to(device, dtype)
         shape = (len(condition), config.out_channels, *condition.shape[2:])
         text = condition.new_zeros(len(condition), 1, config.text_dim)  # no prompt: what Wan pads its prompts with
         scheduler = self.scheduler
@@ -125,32 +130,53 @@ class PoseVideoPipeline(DiffusionPipeline):
             raise ValueError("give both `reference` and `poses`, or `condition`")
         if not isinstance(poses, Tensor) and isinstance(poses[0], Image.Image):
             poses = [poses]
-        clips = torch.stack([self.processor.preprocess(clip) for clip in poses]).transpose(1, 2)
-        height, width = clips.shape[-2:]
-        images = self.processor.preprocess(reference, height, width)
+        videos = [self.processor.preprocess(clip) for clip in poses]
+        if len({video.shape for video in videos}) > 1:
+            raise ValueError(
+                f"clips of {sorted({len(video) for video in videos})} poses: give clips of one length and size"
+            )
+        clips = torch.stack(videos).transpose(1, 2)
+        size = clips.shape[-2:]
+        if isinstance(reference, Tensor) and reference.shape[-2:] != size:  # the processor would repeat its pixels
+            raise ValueError(f"the reference is {list(reference.shape[-2:])} and the poses {list(size)}: resize one")
+        images = self.processor.preprocess(reference, *size)
         if len(images) != len(clips):
             raise ValueError(f"{len(images)} reference images for {len(clips)} clips of poses: give one for each")
-        if images.shape[-2:] != clips.shape[-2:]:
-            raise ValueError(f"the reference is {list(images.shape[-2:])} and the poses {[height, width]}: resize one")
         device = self._execution_device
         return clips.to(device, torch.float32), images.to(device, torch.float32)
+
+    def _check(self, condition: Tensor) -> None:
+        config = self.transformer.config
+        channels, *size = condition.shape[1:]
+        wanted = config.in_channels - config.out_channels
+        if channels != wanted:
+            raise ValueError(f"the condition has {channels} channels, but the transformer takes {wanted} of one")
+        if any(side % patch for side, patch in zip(size, config.patch_size, strict=True)):
+            raise ValueError(f"frames, height and width {size} must be multiples of patch_size {config.patch_size}")
 
     def _encode(self, video: Tensor) -> Tensor:
         """[n, 3, F, H, W] in [-1, 1] -> normalised latents, or the pixels as they are."""
         if self.vae is None:
             return video
-        mean, std = _latent_scale(self.vae)
+        frames, *size = video.shape[2:]
+        time, space = self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+        if (frames - 1) % time or any(side % space for side in size):  # the VAE would leave the rest out
+            raise ValueError(
+                f"{frames} frames of {size}: this VAE takes a multiple of {time} frames and one more, with sides that "
+                f"are multiples of {space}"
+            )
+        mean, std = latent_scale(self.vae)
         return (self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode().float() - mean) / std
 
     def _decode(self, latents: Tensor) -> Tensor:
         """The inverse: a video [n, 3, F, H, W] in [-1, 1]."""
         if self.vae is None:
             return latents.clamp(-1, 1)
-        mean, std = _latent_scale(self.vae)
+        mean, std = latent_scale(self.vae)
         return self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0].float()
 
 
-def _latent_scale(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+def latent_scale(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents' channels, [1, C, 1, 1, 1] each."""
     return tuple(
         torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
