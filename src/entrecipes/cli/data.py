@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrecipes.errors import UserError
 
 if TYPE_CHECKING:
+    from entrecipes.data.clip_inspection import ClipInspection
     from entrecipes.data.inspection import Inspection
     from entrecipes.data.sequence_inspection import SequenceInspection
 
@@ -29,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--force", action="store_true", help="build it again although it is there")
     prepare.add_argument("--output", type=Path, metavar="DIR", help="build it there, for `type: hub, id: DIR`")
     inspect = verbs.add_parser(
-        "inspect", help="counts, sizes, captions, licence, and a grid of images (or windows of text)"
+        "inspect", help="counts, sizes, captions, licence, and a grid of images (film strips of clips, windows of text)"
     )
-    inspect.add_argument("name", help="a prepared set, a folder of images or saved by `datasets`, or a text file")
+    inspect.add_argument(
+        "name", help="a prepared set, a folder of images or of videos or saved by `datasets`, or a text file"
+    )
     inspect.add_argument("-o", "--output", type=Path, metavar="PNG", help="the grid's file (NAME.png)")
-    inspect.add_argument("-n", "--count", type=int, default=64, help="images in the grid (%(default)s)")
+    inspect.add_argument(
+        "-n", "--count", type=int, default=64, help="images in the grid (%(default)s), at most 12 clips"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +93,7 @@ def _prepare(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise UserError(f"--count {args.count}: the grid needs at least one image")
+    from entrecipes.data.clip_inspection import holds_clips, inspect_clips
     from entrecipes.data.inspection import inspect
     from entrecipes.data.sequence_inspection import holds_sequences, inspect_sequences
 
@@ -94,8 +102,12 @@ def _inspect(args: argparse.Namespace) -> None:
             raise UserError("--output: sequences are shown as text, not as a grid; leave it out")
         print("\n".join(_sequences_described(inspect_sequences(args.name, count=min(args.count, 8)))))
         return
-    found = inspect(args.name, count=args.count)
-    print("\n".join(_described(found)))
+    if holds_clips(args.name):
+        found = inspect_clips(args.name, count=min(args.count, 12))
+        print("\n".join(_clips_described(found)))
+    else:
+        found = inspect(args.name, count=args.count)
+        print("\n".join(_described(found)))
     output = args.output or Path(f"{Path(args.name).name}.png")
     if not output.parent.is_dir():
         raise UserError(f"--output: there is no folder {output.parent}")
@@ -119,6 +131,34 @@ def _sequences_described(found: SequenceInspection) -> list[str]:
     if found.labels:
         lines.append(f"classes    {len(found.labels)}: " + ", ".join(f"{k} {v:,}" for k, v in found.labels.items()))
     return lines + [f"window     {text}" for text in found.examples]
+
+
+def _clips_described(found: ClipInspection) -> list[str]:
+    """The lines about a set of videos."""
+    low, middle, high = found.motion
+    frames, clips = (sum(counts) for counts in zip(*found.videos.values(), strict=True))
+    lines = [
+        f"name       {found.name}",
+        f"source     {found.source}",
+        f"license    {found.license}",
+        f"videos     {len(found.videos)}, {frames:,} frames",
+        f"clips      {clips:,} of {found.frames} frames, {found.frame_step} apart",
+        f"motion     {low:.2g} to {high:.2g} grey levels from frame to frame, median {middle:.2g}",
+    ]
+    lines += [f"video      {name}: {frames} frames, {clips} clips" for name, (frames, clips) in _by_name(found.videos)]
+    if found.bad:
+        lines.append(f"bad clips  {len(found.bad)}")
+    return lines + [f"bad        {name}" for name in found.bad[:50]]
+
+
+def _by_name(videos: dict[str, tuple[int, int]]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, counts) of every video; of many, the sums over those that share the name's first part."""
+    if len(videos) <= 24:
+        yield from videos.items()
+        return
+    for first, names in groupby(videos, key=lambda name: name.split("/")[0]):
+        parts = [videos[name] for name in names]
+        yield f"{first}/* ({len(parts)})", (sum(frames for frames, _ in parts), sum(clips for _, clips in parts))
 
 
 def _described(found: Inspection) -> list[str]:

@@ -144,8 +144,8 @@ def cut(whole: Videos, section: VideoData) -> Splits:
         listed = "".join(f"\n  {name}" for name in bad[:20])
         raise UserError(f"{whole.place}: no clip of {section.frames} frames can be cut from it.{listed}")
     train, held_out = _split(whole, clips, section)
-    train_set = _image_set(whole, [clips[i] for i in train], section)
-    held_out_set = _image_set(whole, [clips[i] for i in held_out], section) if held_out else None
+    train_set = assemble(whole, [clips[i] for i in train], section)
+    held_out_set = assemble(whole, [clips[i] for i in held_out], section) if held_out else None
     return Splits(replace(train_set, bad_images=bad), held_out_set)
 
 
@@ -169,14 +169,14 @@ def find_clips(whole: Videos, section: VideoData) -> tuple[list[Clip], list[str]
                 where = f"{video.name} frames {video.numbers[at[0]]} to {video.numbers[at[-1]]}"
                 if not visible[at].all():
                     bad.append(f"{where} (no pose in {int((~visible[at]).sum())} of {len(at)} frames)")
-                elif (motion := _motion(video.frames[at])) < section.min_motion:
-                    bad.append(f"{where} (still: it changes by {motion:.2g} grey levels a frame)")
+                elif (change := motion(video.frames[at])) < section.min_motion:
+                    bad.append(f"{where} (still: it changes by {change:.2g} grey levels a frame)")
                 else:
                     clips.append(Clip(number, at, _reference(video, at, visible, section)))
     return clips, bad
 
 
-def _motion(frames: np.ndarray) -> float:
+def motion(frames: np.ndarray) -> float:
     """Mean difference between successive frames [F, 3, S, S] in grey levels; infinite for a single frame."""
     if len(frames) == 1:
         return float("inf")
@@ -222,7 +222,8 @@ def _split(whole: Videos, clips: list[Clip], section: VideoData) -> tuple[list[i
     return train, held_out
 
 
-def _image_set(whole: Videos, clips: list[Clip], section: VideoData) -> ImageSet:
+def assemble(whole: Videos, clips: list[Clip], section: VideoData) -> ImageSet:
+    """Clips, at least one, as a set in memory; see [`cut`] for its fields."""
     parts, keypoints = [], []
     maps: dict[int, np.ndarray] = {}
     for clip in clips:
