@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast_object_list
 from torch import Tensor
 
 from entrecipes.blocks.pruning import Subject
@@ -71,6 +71,10 @@ class Run:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop divides, not a variable
             log_with=list(training.trackers) or None,
             project_dir=folder,
+            # candidates in turns train parts of what the wrapper is built over
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=getattr(recipe.blocks, "searches", False))
+            ],
         )
         self.device = self.accelerator.device
         check_launch(recipe.training, self.device, self.world_size)
