@@ -1,9 +1,12 @@
 """Memory of a training step, against what can be counted by hand."""
 
 import torch
+from tiny import DIT, FLOW, tiny_recipe
 from torch import nn
 
 from entrecipes.training.costs import StepCosts
+from entrecipes.training.loop import train
+from entrecipes.training.run import Run
 
 
 class Chain(nn.Sequential):
@@ -62,3 +65,22 @@ def test_of_several_forward_passes_the_largest_counts():
             model(torch.ones(rows, 8)).sum().backward()
     row = costs.take(torch.optim.SGD(model.parameters()))
     assert row["saved_bytes"] == cost(model, rows=5)["saved_bytes"] and row["optimizer_bytes"] == 0
+
+
+def test_what_steps_hold_is_logged_for_every_trained_set():
+    rows = []
+    deep = {**DIT, "config": {**DIT["config"], "num_layers": 4}}
+    small = {"draws": {"images": 4, "noise_levels": 4}, "holdout": {"images": 4, "noise_levels": 2}, "burst": 1}
+    blocks = {"type": "entprog", "order": "last_first", "inputs": "never", "supernet": 0.5, "stages": 2, **small}
+    run = Run(tiny_recipe(deep, FLOW, blocks=blocks, training={"images": 128}), None, rows.append)
+    train(run)
+    costs = [row for row in rows if row["kind"] == "costs"]
+    events = [row for row in rows if row["kind"] == "event"]
+    assert [row["m"] for row in events if "candidates" not in row][-1] == 4
+    fewest, most = (pick(costs, key=lambda row: row["trained_parameters"]) for pick in (min, max))
+    for key in ("saved_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert fewest[key] < most[key]
+    assert most["gradient_bytes"] == 4 * most["trained_parameters"]
+    chosen = next(row for row in events if "candidates" in row)
+    assert [c["steps"] > 0 and len(c["losses"]) == c["steps"] for c in chosen["candidates"]] == [True, True]
+    assert all(row["seconds"] >= 0 for row in events)
