@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +109,13 @@ def test_all_that_can_be_given_is_the_same():
     torch.testing.assert_close(from_pil, first, rtol=0, atol=1e-5)
     condition = pipeline.encode_condition(poses.transpose(1, 2) * 2 - 1, reference * 2 - 1)
     assert torch.equal(pipeline(condition=condition, generator=seeds(0, 1), **options).frames, first)
+    palette = pictures(reference)[0].convert("P", palette=Image.Palette.ADAPTIVE)
+    assert torch.equal(
+        *(
+            pipeline(image, lists[0], generator=seeds(0), **options).frames
+            for image in (palette, palette.convert("RGB"))
+        )
+    )
     one = pipeline(pictures(reference)[0], lists[0], generator=seeds(0), **options).frames
     torch.testing.assert_close(one, first[:1], rtol=1e-3, atol=1e-5)
     large = pictures(reference)[0].resize((16, 16), Image.Resampling.NEAREST)
@@ -199,17 +205,37 @@ for place in ({"custom_pipeline": "pipeline"}, {"custom_pipeline": "published"})
     assert torch.equal(frames, given["frames"])
 model = WanTransformer3DModel.from_pretrained("published/transformer")
 assert torch.equal(model.proj_out.weight, pipeline.transformer.proj_out.weight)
+pipeline.save_pretrained("again")
 """
 
 
-def test_the_published_source_is_all_that_another_process_needs(tmp_path: Path):
+def test_a_saved_folder_is_all_that_another_process_needs(tmp_path: Path):
     arguments = asked(1)
     pipeline_of(wan()).save_pretrained(tmp_path / "published")
     pipeline = PoseVideoPipeline.from_pretrained(tmp_path / "published")
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
     torch.save({"arguments": arguments, "frames": pipeline(*arguments, **options).frames}, tmp_path / "given.pt")
-    shutil.copyfile(sys.modules[PoseVideoPipeline.__module__].__file__, tmp_path / "published" / "pipeline.py")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", STRANGER]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "pipeline.py").read_bytes() == (tmp_path / "published" / "pipeline.py").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_text_to_video_model_is_widened_and_stays_what_it_is(dtype):
+    model = wan(in_channels=4, out_channels=4).to(dtype)
+    x, condition, time = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 8, 2, 4, 4), torch.tensor([30.0, 800.0])
+    x, condition, text = x.to(dtype), condition.to(dtype), torch.zeros(2, 1, 8, dtype=dtype)
+    before = model(x, time, text).sample
+    pipeline = pipeline_of(model, vae=wan_vae())
+    assert pipeline.transformer.config.in_channels == 12 and model.patch_embedding.weight.dtype == dtype
+    tolerance = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.05}
+    torch.testing.assert_close(model(torch.cat([x, condition], 1), time, text).sample, before, **tolerance)
+    with torch.enable_grad():
+        model(torch.cat([x, condition], 1), time, text).sample.float().square().mean().backward()
+    assert model.patch_embedding.weight.grad[:, 4:].any(), "the condition is learned"
+    weight = model.patch_embedding.weight
+    PoseVideoPipeline(model, pipeline.scheduler)
+    assert model.patch_embedding.weight is weight, "once"

@@ -1,14 +1,17 @@
 """A pipeline from a reference image and a clip of poses to a video, around any Wan-class diffusers transformer.
 
 The noisy clip, the pose maps and the reference image (repeated on every frame) are concatenated by channel, as in the
-Fun-Control and VACE models. The file imports torch and diffusers only: published beside the weights, it loads without
-entrecipes.
+Fun-Control and VACE models. The file imports torch and diffusers only and is saved beside the weights, as
+`pipeline.py`: `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)` loads it
+without entrecipes.
 """
 
 from __future__ import annotations
 
 import inspect
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -32,7 +35,8 @@ class PoseVideoPipeline(DiffusionPipeline):
     """Samples clips of the person in a reference image, moving as the poses say.
 
     Args:
-        transformer: The denoiser. It takes the clip's channels and twice as many for the condition.
+        transformer: The denoiser. It takes the clip's channels and twice as many for the condition; one that takes the
+            clip alone, such as that of a text-to-video `WanPipeline`, is widened (see `widen`).
         scheduler: The sampler.
         vae: The video VAE; None: the transformer works on pixels.
     """
@@ -44,8 +48,16 @@ class PoseVideoPipeline(DiffusionPipeline):
         self, transformer: WanTransformer3DModel, scheduler: SchedulerMixin, vae: AutoencoderKLWan | None = None
     ) -> None:
         super().__init__()
+        if transformer.config.in_channels == transformer.config.out_channels:
+            widen(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.processor = VideoProcessor(vae_scale_factor=1, resample="bicubic")
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save all parts, and this file as `pipeline.py`; options are diffusers' own."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / "pipeline.py")
+        super().save_pretrained(save_directory, **options)
 
     def encode_condition(self, poses: Tensor, reference: Tensor) -> Tensor:
         """What is concatenated to the noisy clip.
@@ -130,7 +142,7 @@ class PoseVideoPipeline(DiffusionPipeline):
             raise ValueError("give both `reference` and `poses`, or `condition`")
         if not isinstance(poses, Tensor) and isinstance(poses[0], Image.Image):
             poses = [poses]
-        videos = [self.processor.preprocess(clip) for clip in poses]
+        videos = [self.processor.preprocess(_rgb(clip)) for clip in poses]
         if len({video.shape for video in videos}) > 1:
             raise ValueError(
                 f"clips of {sorted({len(video) for video in videos})} poses: give clips of one length and size"
@@ -139,7 +151,7 @@ class PoseVideoPipeline(DiffusionPipeline):
         size = clips.shape[-2:]
         if isinstance(reference, Tensor) and reference.shape[-2:] != size:  # the processor would repeat its pixels
             raise ValueError(f"the reference is {list(reference.shape[-2:])} and the poses {list(size)}: resize one")
-        images = self.processor.preprocess(reference, *size)
+        images = self.processor.preprocess(_rgb(reference), *size)
         if len(images) != len(clips):
             raise ValueError(f"{len(images)} reference images for {len(clips)} clips of poses: give one for each")
         device = self._execution_device
@@ -174,6 +186,27 @@ class PoseVideoPipeline(DiffusionPipeline):
             return latents.clamp(-1, 1)
         mean, std = latent_scale(self.vae)
         return self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0].float()
+
+
+def widen(transformer: WanTransformer3DModel) -> None:
+    """Let a transformer of C channels take 3C, in place: its outputs stay as they are, whatever the new channels hold.
+
+    The new weights of its first layer are zero.
+    """
+    old, channels = transformer.patch_embedding, transformer.config.in_channels
+    new = nn.Conv3d(3 * channels, old.out_channels, old.kernel_size, old.stride).to(old.weight)
+    with torch.no_grad():
+        new.weight.zero_()[:, :channels] = old.weight
+        new.bias.copy_(old.bias)
+    transformer.patch_embedding = new
+    transformer.register_to_config(in_channels=3 * channels)
+
+
+def _rgb(images: Any) -> Any:
+    """PIL images without palette or transparency, which the processor would take for colours; others as they are."""
+    if isinstance(images, Image.Image):
+        return images.convert("RGB")
+    return [_rgb(image) for image in images] if isinstance(images, list | tuple) else images
 
 
 def latent_scale(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
