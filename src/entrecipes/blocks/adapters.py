@@ -45,14 +45,18 @@ class NoAdapter:
     def __init__(self, section: NoAdapterSection, model: nn.Module, seed: int = 0) -> None:
         """Args: `seed` is that of new weights."""
         self.section = section
+        if self.published_alone and lora.carries_adapter(model):
+            raise UserError(
+                "blocks.adapter: the base carries an adapter itself, so that a second one alone would not do; set "
+                "blocks.adapter.merge=true, here or in the run that made the first"
+            )
         lora.merge(model)
         self.prepare(model, seed)
         names = [name for name, _ in model.named_parameters()]
         if not any(map(self.eligible, names)):
             raise UserError(f"blocks.adapter: {type(model).__name__} has nothing that {section.type} would train")
-        if section.type != "none":
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(self.eligible(name))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.eligible(name))
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Change the model; its outputs stay as they are (with `qlora`, up to the 4 bits)."""
@@ -82,7 +86,7 @@ class NoAdapter:
 
     @property
     def published_alone(self) -> bool:
-        """Whether `publish` writes the adapter in place of a pipeline."""
+        """Whether a run publishes the adapter alone (`publish`), in place of a pipeline."""
         return False
 
 
@@ -208,6 +212,11 @@ class Lora(NoAdapter):
     @property
     def published_alone(self) -> bool:
         return not self.section.merge
+
+    def publish(self, model: nn.Module, folder: Path, pretrained: str, revision: str | None, place: Path) -> None:
+        """Write the adapter of a model into `folder`, which is going to be at `place`, for the base of those names."""
+        base = lora.Base.of(pretrained, revision, place, fingerprint=self.base, quantised=self.quantised)
+        lora.save_adapter(model, folder, base)
 
 
 class QLora(Lora):

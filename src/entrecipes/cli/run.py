@@ -108,7 +108,7 @@ class _Progress:
 
 
 def _print_ending(folder: Path) -> None:
-    from entrecipes.report.card import snippet
+    from entrecipes.report.card import published, snippet
 
     facts = json.loads((folder / "run.json").read_text())
     print(f"\nDone: {facts['images']:,} images in {facts['seconds_training']:.0f} s of training.")
@@ -116,11 +116,11 @@ def _print_ending(folder: Path) -> None:
         ("sample grid", "samples/final.png"),
         ("report", "report.html"),
         ("model card", "README.md"),
-        ("pipeline", "pipeline"),
+        (published(facts), published(facts)),
     ):
         print(f"  {what:12} {folder / path}")
     print("\nLoad it:\n")
-    print(snippet(facts, (folder / "pipeline").resolve()))
+    print(snippet(facts, (folder / published(facts)).resolve()))
 
 
 def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:

@@ -62,15 +62,18 @@ def find_recipe(
 
 
 def load_subject(args: argparse.Namespace, recipe: Recipe) -> Components:
-    """The pipeline's parts, on the CPU."""
+    """The pipeline's parts, on the CPU; an adapter is merged, so that blocks hold the weights they work with."""
     import torch
 
+    from entrecipes.diffusion import lora
     from entrecipes.diffusion.pipelines import load_components
     from entrecipes.recipe.pipeline import Pipeline
 
     if recipe.training.cpu_threads:
         torch.set_num_threads(recipe.training.cpu_threads)
-    return load_components(Pipeline(pretrained=args.pipeline), to_sample=False)
+    components = load_components(Pipeline(pretrained=args.pipeline), to_sample=False)
+    lora.merge(components.model)
+    return components
 
 
 def learned_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -92,7 +95,7 @@ def output_folder(args: argparse.Namespace, inside: str, verb: str) -> Path:
     if args.output:
         return args.output
     folder = Path(args.pipeline)
-    folder = folder.parent if folder.name == "pipeline" else folder
+    folder = folder.parent if folder.name in ("pipeline", "adapter") else folder
     if (folder / "recipe.yaml").exists():
         return folder / inside
     return Path("outputs") / verb / folder.resolve().name

@@ -6,6 +6,7 @@ are without; what is saved is what the mixin's `load_lora_adapter` reads.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -61,6 +63,12 @@ def base_fingerprint(model: nn.Module) -> str:
     """Hash of the names and values of all weights."""
     state = model.state_dict()
     return fingerprint(*(part for name in sorted(state) for part in (name, state[name])))
+
+
+def size(parameter: nn.Parameter) -> int:
+    """Weights in a parameter, two to a byte where it is quantised."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def is_lora(name: str) -> bool:
@@ -116,12 +124,17 @@ def _quantised(bitsandbytes: Any, linear: nn.Linear) -> nn.Linear:
     return layer.to(weight.device).train(linear.training)
 
 
+def carries_adapter(model: nn.Module) -> bool:
+    """Whether a LoRA is on the model, ours or any that diffusers has loaded."""
+    return hasattr(model, "peft_config")
+
+
 def merge(model: nn.Module) -> None:
     """Turn a model with an adapter into an ordinary one, in place: 4-bit weights expanded, updates added.
 
     Its outputs are those with the adapter up to rounding. An ordinary model stays as it is.
     """
-    if not hasattr(model, "peft_config"):
+    if not carries_adapter(model):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -147,8 +160,20 @@ def _expanded(layer: nn.Linear) -> nn.Linear:
 
 
 def save_adapter(model: nn.Module, folder: Path, base: Base) -> None:
-    """Write the adapter's weights and configuration as diffusers does, and beside them what it belongs to."""
-    PeftAdapterMixin.save_lora_adapter(model, folder, NAME)
+    """Write the adapter's weights and configuration as diffusers does, and beside them what it belongs to.
+
+    The configuration says no dropout: diffusers loads an adapter in train mode, and would go on dropping in inference.
+    """
+    config, verbosity = model.peft_config[NAME], logging.get_verbosity()
+    published = copy.copy(config)
+    published.lora_dropout, published.target_modules = 0.0, sorted(config.target_modules)
+    model.peft_config[NAME] = published
+    logging.set_verbosity_error()  # it warns of a cast, and casts nothing
+    try:
+        PeftAdapterMixin.save_lora_adapter(model, folder, NAME)
+    finally:
+        model.peft_config[NAME] = config
+        logging.set_verbosity(verbosity)
     (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=1) + "\n")
 
 

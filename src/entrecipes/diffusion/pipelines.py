@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 
 import entrecipes
+from entrecipes.diffusion import lora
 from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.diffusion.pixel_vae import is_pixel_vae
@@ -108,7 +109,9 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
 
 
 def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline:
-    """A pipeline from a folder (a run folder's `pipeline/` is found too) or the Hub, in float32.
+    """A pipeline from a folder (a run folder's `pipeline/` or `adapter/` is found too) or the Hub, in float32.
+
+    For an adapter that is its base with the adapter on it, as it was trained: not merged, a quantised base quantised.
 
     Raises:
         UserError: When there is none, or it can't be read.
@@ -116,7 +119,19 @@ def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline
     diffusers.logging.disable_progress_bar()
     if (Path(source) / "pipeline" / "model_index.json").exists():
         source = str(Path(source) / "pipeline")
+    elif folder := lora.adapter_folder(source):
+        return _with_adapter(folder)
     return _from_hub(DiffusionPipeline, source, revision)
+
+
+def _with_adapter(folder: Path) -> DiffusionPipeline:
+    base = lora.read_base(folder)
+    try:
+        pipeline = load_pipeline(base.found_from(folder), base.revision)
+    except UserError as error:
+        raise UserError(f"{folder}: the base of this adapter can't be had: {error}") from error
+    lora.load_adapter(getattr(pipeline, family_of_pipeline(pipeline).component), folder, base)
+    return pipeline
 
 
 def _from_hub(cls: type, source: str, revision: str | None) -> Any:

@@ -19,6 +19,8 @@ from entrecipes.report.run_folder import RunFolder
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TASK = "unconditional-image-generation"
 """The Hub's only task for images without a prompt; class-conditional models carry it too."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Diffusers' own name for the weights of an adapter."""
 OTHER_TASK = "other"
 """What stands for sequences, for which the Hub has no task."""
 
@@ -26,8 +28,8 @@ OTHER_TASK = "other"
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """Write the model card of a finished run as `README.md`, and again into `pipeline/`, with all that it shows.
 
-    `pipeline/` becomes the whole of what is published: beside the pipeline it holds the card, `assets/` (sample grid
-    and curves) and `recipe.yaml` (the resolved recipe).
+    `pipeline/` (or `adapter/`, where a run leaves that) becomes the whole of what is published: beside the pipeline it
+    holds the card, `assets/` (sample grid and curves) and `recipe.yaml` (the resolved recipe).
 
     Args:
         folder: The run folder.
@@ -41,7 +43,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """
     folder = RunFolder(folder)
     run, metrics = folder.run, facts.metrics(folder)
-    pipeline = folder.path / "pipeline"
+    pipeline = folder.path / published(run)
     plots = draw_assets(folder)
     if folder.samples:
         (folder.path / "assets").mkdir(exist_ok=True)
@@ -87,7 +89,7 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
         run: The facts of `run.json`.
         folder_or_repo: The pipeline folder or Hub id.
     """
-    pipeline = run["pipeline"]
+    pipeline, adapter = run["pipeline"], run.get("adapter")
     place = folder_or_repo.as_posix() if isinstance(folder_or_repo, Path) else folder_or_repo
     count = min(pipeline.get("num_classes") or 10, 10)
     labels = f"class_labels={list(range(count))}" if pipeline.get("num_classes") else None
@@ -104,12 +106,17 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
         resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
         loader, result = "DiffusionPipeline", "images"
         last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'
+    loading = [f'pipeline = {loader}.from_pretrained("{place}")']
+    if adapter:
+        more, loading = adapter_lines(adapter, loader, place)
+        imports = sorted([*imports, *more])
     return "\n".join(
         [
+            *(["import json", ""] if any("json" in line for line in loading) else []),
             "import torch",
             *imports,
             "",
-            f'pipeline = {loader}.from_pretrained("{place}")',
+            *loading,
             'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
             f"{result} = pipeline(",
             *(f"    {argument}," for argument in arguments if argument),
@@ -117,6 +124,35 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
             last,
         ]
     )
+
+
+def published(run: dict[str, Any]) -> str:
+    """The folder of a run folder that holds what the run publishes."""
+    return "adapter" if run.get("adapter") else "pipeline"
+
+
+def adapter_lines(adapter: dict[str, Any], loader: str, place: str) -> tuple[list[str], list[str]]:
+    """Imports and lines that load the base with `loader`, and the adapter in the folder `place` on it."""
+    base = Path(adapter["base"])
+    base = _shown(base / "pipeline" if (base / "pipeline").is_dir() else base) if base.is_dir() else adapter["base"]
+    revision = f', revision="{adapter["revision"]}"' if adapter["revision"] else ""
+    lines = [f'pipeline = {loader}.from_pretrained("{base}"{revision})']
+    model = f"pipeline.{adapter['component']}"
+    if adapter["loads_itself"]:
+        return [], [*lines, f'{model}.load_lora_adapter("{place}", prefix=None, weight_name="{LORA_FILE}")']
+    imports = [
+        "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
+        "from safetensors import safe_open",
+        "from safetensors.torch import load_file",
+    ]
+    return imports, [
+        *lines,
+        f'weights = "{place}/{LORA_FILE}"',
+        'with safe_open(weights, "pt") as file:',
+        '    config = LoraConfig(**json.loads(file.metadata()["lora_adapter_metadata"]))',
+        f"inject_adapter_in_model(config, {model})",
+        f"set_peft_model_state_dict({model}, load_file(weights))",
+    ]
 
 
 def needs_entrecipes(run: dict[str, Any]) -> bool:
@@ -143,7 +179,7 @@ def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
-        tags=["entrecipes", "diffusion", run["pipeline"]["class"]],
+        tags=["entrecipes", "diffusion", run["pipeline"]["class"], *(["lora"] if run.get("adapter") else [])],
         license=run["license"],
         base_model=_hub_id(recipe["pipeline"].get("pretrained")),
         datasets=_hub_id(data["id"]) if data["type"] == "hub" else None,

@@ -73,7 +73,7 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
 
 def _make_room(folder: Path) -> None:
     """Move an earlier run that left anything of worth aside: nothing is mixed, nothing is lost."""
-    if listed(folder / "checkpoints") or (folder / "pipeline").exists():
+    if listed(folder / "checkpoints") or any((folder / name).exists() for name in ("pipeline", "adapter")):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
             number += 1

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 
+from entrecipes.diffusion import lora
 from entrecipes.errors import UserError
 from entrecipes.report.card import write_card
 from entrecipes.report.report import write_report
@@ -25,6 +27,7 @@ VERSIONS = ("entrecipes", "torch", "diffusers", "accelerate", "transformers", "d
 def publish(run: Run, name: str) -> None:
     """Write `pipeline/`, `samples/final.png`, `run.json`, the card and the report into the run folder.
 
+    Where an adapter was trained beside a base, and is not to be merged, `adapter/` stands in place of `pipeline/`.
     A noise sampler that learned something leaves it beside the pipeline and inside its folder.
 
     Args:
@@ -33,7 +36,7 @@ def publish(run: Run, name: str) -> None:
     """
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
     if run.accelerator.is_main_process:
-        save_pipeline(run, run.folder / "pipeline")
+        save_pipeline(run, run.folder)
         run.noise.publish(run.folder, run.components.scheduler)
         run.pruner.publish(run.folder)
         for path in run.grid_path.parent.glob(f"{run.grid_path.stem}.*"):
@@ -44,18 +47,25 @@ def publish(run: Run, name: str) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def save_pipeline(run: Run, target: Path) -> None:
-    """Save the evaluated weights as a stock pipeline; the folder is replaced only by a whole one."""
+def save_pipeline(run: Run, folder: Path) -> None:
+    """Save the evaluated weights, as a stock pipeline or as an adapter; what was there goes only for a whole one."""
+    pipeline, adapter = folder / "pipeline", folder / lora.FOLDER
+    target, other = (adapter, pipeline) if run.adapter.published_alone else (pipeline, adapter)
     partial = target.with_name(f".writing-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        run.components.pipeline(run.eval_model).save_pretrained(partial)
+        if run.adapter.published_alone:
+            section = run.recipe.pipeline
+            run.adapter.publish(run.eval_model, partial, section.pretrained, section.revision, target)
+        else:
+            run.components.pipeline(run.adapter.merged(run.eval_model)).save_pretrained(partial)
         run.noise.publish(partial, run.components.scheduler)
         run.pruner.publish(partial)
     except SafetensorError as error:  # a full disk, told by the library in its own way
         raise UserError(f"{partial}: {error}; the checkpoints are whole: free some space and run again") from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+    shutil.rmtree(other, ignore_errors=True)
 
 
 def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
@@ -72,9 +82,10 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
         "world_size": run.world_size,
         "device": device_name(run.device),
         "precision": recipe.training.precision,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": sum(lora.size(p) for p in run.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         **run.pruner.facts(),
+        "adapter": adapter_facts(run) if run.adapter.published_alone else None,
         "seconds_training": run.window.total_seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "peak_memory_gib": peak_gib,
@@ -102,6 +113,17 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
             "latent": run.space.latent,
         },
         "metrics": final_metrics(run),
+    }
+
+
+def adapter_facts(run: Run) -> dict[str, Any]:
+    """What the adapter's card says of how to load it."""
+    return {
+        "type": run.recipe.blocks.adapter.type,
+        "base": run.recipe.pipeline.pretrained,
+        "revision": run.recipe.pipeline.revision,
+        "component": run.components.family.component,
+        "loads_itself": isinstance(run.components.model, PeftAdapterMixin),
     }
 
 
