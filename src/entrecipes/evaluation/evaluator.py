@@ -30,6 +30,8 @@ from entrecipes.recipe.base import build
 from entrecipes.recipe.evaluation import Evaluation
 
 GRID_COLUMNS = 10
+SEEN_PIXELS = 96
+"""Side to which the frames of clips are enlarged at most."""
 
 
 class Evaluator:
@@ -179,7 +181,8 @@ class Evaluator:
         space, rows = self.data.space, self.section.grid
         if self.components.family.kind == "clips":
             clips, samples = self.clips(rows), self.samples(model, rows)
-            return SampleGrid(strips(clips, samples), columns=1, moving=moving(clips, samples))
+            scale = max(1, SEEN_PIXELS // samples.shape[-1])
+            return SampleGrid(strips(clips, samples), 1, moving=moving(clips, samples), scale=scale)
         columns = min(self.data.num_classes or space.columns, GRID_COLUMNS)
         labels = balanced_labels(columns * rows, columns) if self.data.num_classes else None
         samples = self.samples(model, columns * rows, labels)
@@ -244,6 +247,8 @@ class SampleGrid:
     """Samples that are texts, as such."""
     moving: Tensor | None = None
     """Clips: one picture a frame, uint8 [F, 3, H, W]."""
+    scale: int | None = None
+    """Whole factor to enlarge pictures by; None: what makes them easy to see."""
 
 
 def draw_x0(

@@ -80,11 +80,11 @@ def save_grid(
     return path
 
 
-def save_moving(frames: Any, path: str | Path, fps: int = 8) -> Path:
+def save_moving(frames: Any, path: str | Path, scale: int | None = None, fps: int = 8) -> Path:
     """Write pictures uint8 `[F, 3, H, W]` one after the other as an endless GIF, enlarged as a grid is."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = (sample_grid(frame[None], columns=1, scale=2, gap=0) for frame in frames)
+    first, *others = (sample_grid(frame[None], columns=1, scale=scale, gap=0) for frame in frames)
     first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
     return path
 

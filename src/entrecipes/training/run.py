@@ -326,9 +326,9 @@ class Run:
             if self.folder and self.due(training.sample_every, before):
                 grid = evaluator.grid(self.eval_model)
                 if self.accelerator.is_main_process:
-                    save_grid(grid.pictures, self.grid_path, grid.columns, texts=grid.texts)
+                    save_grid(grid.pictures, self.grid_path, grid.columns, grid.scale, grid.texts)
                     if grid.moving is not None:
-                        save_moving(grid.moving, self.grid_path.with_suffix(".gif"))
+                        save_moving(grid.moving, self.grid_path.with_suffix(".gif"), grid.scale)
             if metrics_due:
                 origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
                 for metric in evaluator.metrics(self.eval_model, nats, origin):
