@@ -377,6 +377,31 @@ IDLE = {
         "blocks: {type: staged, stages: [{train: [a]}, {from_images: 1M, train: [b]}]}\n",
         "blocks.stages.1: has no effect when it starts after the run's 50000 images",
     ),
+    "score": ("blocks: {type: entprog, score: bi}\n", "blocks.score: has no effect with order: cei"),
+    "gate": (
+        "blocks: {type: entprog, draws: {gate_pivot: 1}}\n",
+        "blocks.draws.gate_pivot: has no effect with the score cei",
+    ),
+    "draws": (
+        "blocks: {type: entprog, order: last_first, draws: {images: 9}}\n",
+        "blocks.draws: has no effect with order: last_first",
+    ),
+    "stages": (
+        "blocks: {type: entprog, growth: none, largest: 0.5, stages: 3}\n",
+        "blocks.stages: has no effect with growth: none",
+    ),
+    "candidates": (
+        "blocks: {type: entprog, growth: linear, candidates: 2}\n",
+        "blocks.candidates: has no effect with growth: linear",
+    ),
+    "holdout": (
+        "blocks: {type: entprog, growth: linear, holdout: {images: 2}}\n",
+        "blocks.holdout: has no effect with growth: linear",
+    ),
+    "burst": (
+        "blocks: {type: entprog, mode: snapshot, burst: 2}\n",
+        "blocks.burst: has no effect with mode: snapshot",
+    ),
     "metrics": ("evaluation: {samples: 10}\n", "evaluation.samples: has no effect while evaluation.metrics is empty"),
 }
 

@@ -241,14 +241,17 @@ def test_what_cannot_be_compared_is_refused():
         Run(unet, None)
 
 
+PHASES = {"type": "phases", "phases": [{"frames": 1}]}
 BAD = {
-    "a single stage": ({"stages": 1}, "leaves nothing to grow"),
-    "an unknown order": ({"order": "cei2"}, "order"),
+    "a single stage": ({"stages": 1}, {}, "leaves nothing to grow"),
+    "an unknown order": ({"order": "cei2"}, {}, "order"),
+    "pruning": ({}, {"prune": {"type": "one_shot"}}, "has put in order"),
+    "phases": ({"mode": "snapshot"}, {"curriculum": PHASES}, "can't go back over a phase"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_sections_that_make_no_sense(case):
-    keys, message = BAD[case]
+    keys, sections, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        tiny_recipe(DEEP, FLOW, blocks={"type": "entprog", **keys})
+        tiny_recipe(DEEP, FLOW, blocks={"type": "entprog", **keys}, **sections)

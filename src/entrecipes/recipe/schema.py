@@ -7,7 +7,7 @@ import re
 from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
-from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, StagedBlocksSection
+from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, EntProgSection, StagedBlocksSection
 from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
 from entrecipes.recipe.data import DataSection, WindowData
 from entrecipes.recipe.evaluation import Evaluation
@@ -63,6 +63,13 @@ class Recipe(Section):
         if self.prune.type != "none" and isinstance(self.blocks, StagedBlocksSection):
             numbered = [name for stage in self.blocks.stages for name in stage.train if re.search(r"\d", name)]
             problems += [f"blocks: '{name}' names a block by number, which prune changes" for name in numbered]
+        if isinstance(self.blocks, EntProgSection):
+            if self.prune.type != "none":
+                problems.append(
+                    "prune: changes the blocks that blocks.type: entprog has put in order; take one of them"
+                )
+            if self.blocks.searches and self.blocks.mode == "snapshot" and self.curriculum.type != "none":
+                problems.append("blocks.mode: snapshot can't go back over a phase of the curriculum; take supernet")
         if getattr(self.noise, "warmup", None) and self.noise.warmup >= training.images:
             problems.append("noise.warmup: lasts the whole run, so that nothing would be learned; make it shorter")
         if problems:
