@@ -17,6 +17,7 @@ _LAZY = {
     "PoseVideoPipeline": "entrecipes.models.pose_video",
     "score_blocks": "entrecipes.evaluation.scoring",
     "apply_pruning": "entrecipes.blocks.own_loop",
+    "apply_block_schedule": "entrecipes.blocks.own_schedule",
 }
 
 

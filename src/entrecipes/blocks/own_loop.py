@@ -67,6 +67,13 @@ class AppliedPruning:
         self.undo()
 
 
+def denoiser_of(pipeline: DiffusionPipeline | ModelMixin) -> ModelMixin:
+    """The `transformer` or `unet` of a pipeline; a model itself."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        return pipeline
+    return getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+
+
 def apply_pruning(
     pipeline: DiffusionPipeline | ModelMixin,
     remove: Collection[int] | None = None,
@@ -95,10 +102,7 @@ def apply_pruning(
     """
     if (remove is None) == (scores is None):
         raise UserError("apply_pruning: give exactly one of `remove` (block indices) and `scores` (of score_blocks)")
-    model = pipeline
-    if isinstance(pipeline, DiffusionPipeline):
-        model = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    stack = BlockStack(model)
+    stack = BlockStack(denoiser_of(pipeline))
     if scores is not None:
         if scores.paths != tuple(block.paths[0] for block in stack.blocks):
             raise UserError(
