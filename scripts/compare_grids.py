@@ -23,7 +23,8 @@ from entrecipes import InfoNoiseScheduler
 from entrecipes.data.opening import OpenedData, open_data
 from entrecipes.diffusion.pipelines import Components, best_device, load_components
 from entrecipes.errors import UserError
-from entrecipes.evaluation.evaluator import Evaluator, draw
+from entrecipes.evaluation.drawing import draw
+from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.ngrams import compare_ngrams

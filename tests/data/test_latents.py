@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tiny_video import wan, wan_vae
 
+from entrecipes import PoseVideoPipeline
 from entrecipes.data.digits import load
 from entrecipes.data.folder import load as load_folder
-from entrecipes.data.images import ImageSet
+from entrecipes.data.images import ImageSet, fingerprint
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.loader import batches
+from entrecipes.diffusion.space import LatentClipSpace
 from entrecipes.errors import UserError
 from entrecipes.recipe.data import DigitsData, FolderData
 
@@ -88,3 +91,24 @@ def test_unreadable_files_are_left_out(pictures: Path, vae: AutoencoderKL) -> No
     strict = load_folder(section.model_copy(update={"max_bad_images": 0}), image_size=16, channels=3).train
     with pytest.raises(UserError, match="2.png"):
         cache_latents(strict, vae, vae_id="tiny")
+
+
+@torch.no_grad()
+def test_clips_keep_their_moments_and_the_latents_of_their_condition(own_home: Path) -> None:
+    clips = torch.randint(0, 256, (3, 3, 11, 16, 16), dtype=torch.uint8)
+    images = ImageSet("clips", "drawn", "none", fingerprint(clips), tensor=clips, keypoints=torch.zeros(3, 5, 13, 3))
+    video_vae = wan_vae()
+    cached = cache_latents(images, video_vae, vae_id="tiny", batch_size=2)
+    assert cached.tensor.shape == (3, 16, 2, 2, 2) and cached.keypoints is images.keypoints
+    pixels = clips.float() / 127.5 - 1
+    posterior = video_vae.encode(pixels[:, :, :5]).latent_dist
+    mean, std = (torch.tensor(video_vae.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+    space = LatentClipSpace(video_vae)
+    torch.testing.assert_close(space.encode(cached.tensor), (posterior.mean - mean) / std)
+    drawn = space.encode(cached.tensor, lambda *shape: torch.ones(3, *shape))
+    torch.testing.assert_close(drawn, (posterior.mean + posterior.std - mean) / std)
+    pipeline = PoseVideoPipeline(wan(in_channels=12, out_channels=4), FlowMatchEulerDiscreteScheduler(), video_vae)
+    condition = pipeline.encode_condition(pixels[:, :, 5:10], pixels[:, :, 10])
+    torch.testing.assert_close(space.condition(cached.tensor), condition, msg="what training sees, sampling sees")
+    again = cache_latents(images, video_vae, vae_id="tiny")
+    assert torch.equal(again.tensor, cached.tensor) and len(list((own_home / "latents").iterdir())) == 1

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from tiny import EDM, FLOW
-from tiny_video import WAN
+from tiny_video import WAN, wan, wan_vae
 
 from entrecipes import PoseVideoPipeline
 from entrecipes.diffusion.denoiser import Denoiser
@@ -55,3 +59,48 @@ def test_the_model_is_given_clip_poses_reference_and_time_and_no_text():
 def test_channels_that_do_not_hold_the_condition_are_refused():
     with pytest.raises(UserError, match="in_channels: 3, but the clip.*set 9"):
         components(in_channels=3)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """What a text-to-video pipeline of Wan's leaves, its text encoder named but not there."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    model = wan(in_channels=4, out_channels=4)
+    parts = {"transformer": model, "vae": wan_vae(), "scheduler": scheduler, "transformer_2": None}
+    WanPipeline(tokenizer=None, text_encoder=None, **parts).save_pretrained(tmp_path / "wan")
+    index = json.loads((tmp_path / "wan" / "model_index.json").read_text())
+    index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
+    return tmp_path / "wan"
+
+
+@torch.no_grad()
+def test_a_text_to_video_pipeline_starts_as_what_it_is(base):
+    parts = load_components(Pipeline(pretrained=str(base)))
+    assert parts.path.name == "flow" and type(parts.scheduler) is UniPCMultistepScheduler
+    assert parts.model.config.in_channels == 12 and type(parts.vae) is AutoencoderKLWan
+    assert not any(parameter.requires_grad for parameter in parts.vae.parameters())
+    x, condition, time = torch.randn(2, 4, 2, 2, 2), torch.randn(2, 8, 2, 2, 2), torch.tensor([900.0, 30.0])
+    found = parts.family.predict(parts.model, x, time, condition)
+    old = wan(in_channels=4, out_channels=4)(x, time, torch.zeros(2, 1, 8)).sample
+    torch.testing.assert_close(found, old, rtol=0, atol=1e-6)
+    clips = generate(parts.pipeline(), parts.family, condition, 2, steps=2, guidance_scale=1, seed=0, batch_size=2)
+    assert clips.shape == (2, 3, 5, 16, 16)
+
+
+def test_the_vae_of_a_whole_pipeline_can_be_built_with(base):
+    build = {"model": {"class": "WanTransformer3DModel", "config": WAN | {"in_channels": 12, "out_channels": 4}}}
+    for place in (base, base / "vae"):
+        parts = load_components(Pipeline.model_validate({"build": build | {"scheduler": EULER, "vae": str(place)}}))
+        assert parts.vae.config.z_dim == 4 and parts.pipeline().vae is parts.vae
+    build["model"]["config"] = WAN
+    with pytest.raises(UserError, match="out_channels: 3, but the VAE's latents have 4"):
+        load_components(Pipeline.model_validate({"build": build | {"scheduler": EULER, "vae": str(base)}}))
+
+
+def test_two_transformers_are_refused(base):
+    index = json.loads((base / "model_index.json").read_text())
+    index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="two transformers"):
+        load_components(Pipeline(pretrained=str(base)))

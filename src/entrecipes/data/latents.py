@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def cache_latents(
     image_set: ImageSet,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderKLWan,
     *,
     vae_id: str,
     dtype: torch.dtype = torch.float32,
@@ -31,10 +31,12 @@ def cache_latents(
     device: torch.device | str = "cpu",
     flip: bool = False,
 ) -> ImageSet:
-    """The set with every image replaced by its posterior under a frozen VAE.
+    """The set with every image (or clip) replaced by its posterior under a frozen VAE.
 
     The result's `tensor` is [N, 2C, h, w] in `dtype`: mean, then standard deviation, before the VAE's scaling factor
-    and shift; with `flip`, `mirrored` holds those of the mirrored images. The file is keyed by the set's fingerprint
+    and shift; with `flip`, `mirrored` holds those of the mirrored images. Of clips it is [N, 4C, F', h, w]: mean and
+    standard deviation of the frames, then the latents (modes) of the pose maps and of a video that shows the reference
+    on every frame. The file is keyed by the set's fingerprint
     (pixels and resizing), `vae_id`, the VAE's weights and their dtype, `dtype` and `flip`; whether it was found is
     logged with its path.
 
@@ -89,7 +91,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], list[str]] | None:
 
 @torch.inference_mode()
 def _encode(
-    image_set: ImageSet, vae: AutoencoderKL, dtype: torch.dtype, batch_size: int, flip: bool
+    image_set: ImageSet, vae: AutoencoderKL | AutoencoderKLWan, dtype: torch.dtype, batch_size: int, flip: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """({plain, mirrored (with `flip`), kept: indices of the readable images}, names of the others)."""
     kept: list[int] = []
@@ -99,10 +101,21 @@ def _encode(
         kept += indices
         pixels = images.to(vae.device, vae.dtype).div(127.5).sub(1.0)
         for name, part in parts.items():
-            posterior = vae.encode(pixels if name == "plain" else pixels.flip(-1)).latent_dist
-            part.append(torch.cat([posterior.mean, posterior.std], dim=1).to("cpu", dtype))
+            part.append(_moments(vae, pixels if name == "plain" else pixels.flip(-1)).to("cpu", dtype))
     stored = {name: torch.cat(part).contiguous() for name, part in parts.items()}
     return stored | {"kept": torch.tensor(kept)}, bad
+
+
+def _moments(vae: AutoencoderKL | AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    """What is kept of images [n, C, H, W], or of clips with their condition [n, 3, 2F + 1, H, W]."""
+    if pixels.dim() == 4:
+        posterior = vae.encode(pixels).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+    frames = pixels.shape[2] // 2
+    clips, poses, reference = pixels.split((frames, frames, 1), dim=2)
+    posterior = vae.encode(clips).latent_dist
+    condition = [vae.encode(video).latent_dist.mode() for video in (poses, reference.expand_as(poses))]
+    return torch.cat([posterior.mean, posterior.std, *condition], dim=1)
 
 
 def _chunks(image_set: ImageSet, batch_size: int, bad: list[str]) -> Iterator[tuple[list[int], Tensor]]:

@@ -11,14 +11,14 @@ from entrecipes.data.images import ImageSet, Splits
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.stream import IterableImageSet
 from entrecipes.diffusion.pipelines import Components
-from entrecipes.diffusion.space import LatentSpace, Space
+from entrecipes.diffusion.space import Space
 from entrecipes.errors import UserError
 from entrecipes.recipe.base import build
-from entrecipes.recipe.data import Data, ImageData, WindowData
+from entrecipes.recipe.data import Data, ImageData, VideoData, WindowData
 
 logger = logging.getLogger(__name__)
 
-LATENT_BATCH = 16
+LATENT_BATCH = {"images": 16, "clips": 1}
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
             vae,
             vae_id=components.vae_id,
             dtype=torch.float32,
-            batch_size=LATENT_BATCH,
+            batch_size=LATENT_BATCH[section.kind],
             device=device,
             flip=flip,
         )
-        for part, flip in ((images.train, section.horizontal_flip), (images.held_out, False))
+        for part, flip in ((images.train, getattr(section, "horizontal_flip", False)), (images.held_out, False))
     )
-    return OpenedData(train, held_out, LatentSpace(vae), images, found, _sample_shape(images, components))
+    space = components.family.latent_space(vae)
+    return OpenedData(train, held_out, space, images, found, _sample_shape(images, components))
 
 
 def _open_images(section: ImageData, components: Components) -> Splits:
@@ -111,11 +112,25 @@ def _open_sequences(section: WindowData, components: Components) -> Splits:
     return build("data", section, length=size, alphabet=components.model.config.alphabet)
 
 
-def _open_clips(section: Data, components: Components) -> Splits:
-    channels = components.family.channels(components.model)
-    if components.vae is None and channels != 3:
+def _open_clips(section: VideoData, components: Components) -> Splits:
+    channels, time, space = components.family.channels(components.model), 1, 1
+    if components.vae is not None:
+        config = components.vae.config
+        time, space = config.scale_factor_temporal, config.scale_factor_spatial
+    elif channels != 3:
         raise UserError(
             f"pipeline.build.model.config.out_channels: {channels}, but clips have 3 channels without a VAE; set 3"
+        )
+    if (section.frames - 1) % time:
+        few = max(section.frames // time, 1) * time + 1
+        raise UserError(
+            f"data.frames: {section.frames}, but the VAE makes one latent frame of the first frame and of each {time} "
+            f"after it; take {few} or {few + time}"
+        )
+    sides = components.model.config.patch_size
+    if section.image_size % (space * sides[1]) or section.image_size % (space * sides[2]):
+        raise UserError(
+            f"data.image_size: {section.image_size}, but the model takes multiples of {space * max(sides[1:])} pixels"
         )
     return build("data", section)
 

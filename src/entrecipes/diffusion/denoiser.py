@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrecipes.diffusion.families import Family
+from entrecipes.diffusion.family import Family
 from entrecipes.diffusion.path import GaussianPath
 
 

@@ -7,105 +7,26 @@ asks of a scheduler. Adding a model class is one subclass of [`Family`] here.
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from diffusers import ConsistencyModelPipeline, DiffusionPipeline, DiTPipeline, ModelMixin, SchedulerMixin
+from diffusers import (
+    AutoencoderKLWan,
+    ConsistencyModelPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+    ModelMixin,
+    SchedulerMixin,
+)
 from torch import Tensor
 
+from entrecipes.diffusion.family import Family
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
-from entrecipes.diffusion.space import ClipSpace, PixelSpace, Space, SymbolSpace
+from entrecipes.diffusion.space import ClipSpace, LatentClipSpace, Space, SymbolSpace
 from entrecipes.errors import UserError
 from entrecipes.models.pose_video import PoseVideoPipeline
 from entrecipes.models.sequence import SequencePipeline
-
-
-class Family(ABC):
-    """How one diffusers model class is called, sampled and published."""
-
-    model_class: ClassVar[str]
-    component: ClassVar[str]
-    """Name of the denoiser in the pipeline (`unet`, `transformer`)."""
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    guidance: ClassVar[bool]
-    """Whether the stock pipeline offers classifier-free guidance."""
-    kind: ClassVar[str] = "images"
-    """What the model denoises: `images`, `sequences` of symbols, or `clips` of video."""
-
-    @abstractmethod
-    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-        """Call the model (or a wrapper of it): `sample` [n, C, ...], `timestep` [n] -> [n, C, ...].
-
-        `condition` is what the model is conditioned on: class labels [n], or maps [n, C, F, H, W].
-        """
-
-    @abstractmethod
-    def num_classes(self, model: ModelMixin) -> int | None:
-        """Classes that the model is conditioned on; None: unconditional."""
-
-    @abstractmethod
-    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
-        """What the stock pipeline is called with to get these images, beside what all pipelines take."""
-
-    def generate(
-        self,
-        pipeline: DiffusionPipeline,
-        condition: Any,
-        num_images: int,
-        steps: int,
-        guidance_scale: float,
-        generator: list[torch.Generator],
-    ) -> Tensor:
-        """Sample with the family's pipeline: uint8 [num_images, ...], as a data set holds them."""
-        asked = self.asked_for(condition, num_images, guidance_scale)
-        images = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
-        return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-
-    def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
-        """The stock pipeline around `model`."""
-        return self.pipeline_class(**{self.component: model, "scheduler": scheduler})
-
-    def channels(self, model: ModelMixin) -> int:
-        """Channels that the model denoises."""
-        return model.config.in_channels
-
-    def sample_shape(self, channels: int, size: int) -> tuple[int, ...]:
-        """The shape of one sample as a data set holds it."""
-        return channels, size, size
-
-    def space(self, model: ModelMixin) -> Space:
-        """Where the model diffuses when it has no VAE."""
-        return PixelSpace()
-
-    def null_label(self, model: ModelMixin) -> int | None:
-        """What stands for "no condition" in guidance: a label, or a value of the condition maps; None where the
-        pipeline has no guidance."""
-        return None
-
-    def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
-        """Adjust a fresh or loaded model to our trainer; nothing by default."""
-
-    def check_vae(self, model: ModelMixin, vae: ModelMixin | None) -> None:
-        """Refuse a VAE that the stock pipeline can't carry (here: any). Raises `UserError`."""
-        if vae is not None:
-            raise UserError(
-                f"pipeline.build.vae: {self.pipeline_class.__name__} has no VAE; leave it out, or take a DiT"
-            )
-
-    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """Refuse a scheduler that the stock pipeline can't sample with, before any training.
-
-        Raises:
-            UserError: Naming the scheduler, what it lacks and one that fits.
-        """
-        if not hasattr(scheduler, "scale_model_input"):
-            raise UserError(
-                f"{type(scheduler).__name__} can't sample in {self.pipeline_class.__name__}, the stock pipeline of "
-                f"{self.model_class} (it has no scale_model_input). For flow matching take DPMSolverMultistepScheduler "
-                "with prediction_type: flow_prediction and use_flow_sigmas: true."
-            )
 
 
 class UNet2D(Family):
@@ -249,6 +170,8 @@ class WanVideo(Family):
     pipeline_class = PoseVideoPipeline
     guidance = True
     kind = "clips"
+    vae_class = AutoencoderKLWan
+    bases = ("WanPipeline",)
 
     def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
         """`sample` [n, C, F, H, W] and the condition [n, 2C, F, H, W] -> [n, C, F, H, W]; the prompt is empty."""
@@ -267,6 +190,12 @@ class WanVideo(Family):
     def space(self, model: ModelMixin) -> Space:
         return ClipSpace()
 
+    def latent_space(self, vae: ModelMixin) -> Space:
+        return LatentClipSpace(vae)
+
+    def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
+        return self.pipeline_class(transformer=model, scheduler=scheduler, vae=vae)
+
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Our own pipeline samples with all."""
 
@@ -277,7 +206,11 @@ class WanVideo(Family):
                 f"pipeline.build.model.config.in_channels: {config.in_channels}, but the clip, its pose maps and the "
                 f"reference are concatenated: set {3 * config.out_channels}, three times out_channels"
             )
-        super().check_vae(model, vae)
+        if vae is not None and vae.config.z_dim != config.out_channels:
+            raise UserError(
+                f"pipeline.build.model.config.out_channels: {config.out_channels}, but the VAE's latents have "
+                f"{vae.config.z_dim} channels"
+            )
 
     def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
         return {"condition": torch.stack(list(condition)), "guidance_scale": guidance_scale}

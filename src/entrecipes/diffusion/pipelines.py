@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin, SchedulerMixin, WanPipeline
 
 import entrecipes
 from entrecipes.diffusion import lora
@@ -26,7 +26,7 @@ class Components:
 
     model: ModelMixin
     scheduler: SchedulerMixin
-    vae: AutoencoderKL | None
+    vae: AutoencoderKL | AutoencoderKLWan | None
     """None in pixel space (the identity VAE of a published pixel-space DiT counts as none)."""
     vae_id: str
     """Where the VAE came from, with its revision; the latent cache's key."""
@@ -96,7 +96,7 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
             model = _instantiate(build.model, "pipeline.build.model")
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
-        vae = _from_hub(AutoencoderKL, build.vae, build.vae_revision) if build.vae else None
+        vae = _from_hub(family.vae_class, build.vae, build.vae_revision) if build.vae else None
     if family.kind != "clips" and not isinstance(model.config.sample_size, int):
         raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
     family.check_vae(model, vae)
@@ -104,7 +104,7 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
         family.check_scheduler(scheduler)
     family.prepare_for_training(model, from_scratch=section.pretrained is None)
     if vae is not None:
-        vae = None if is_pixel_vae(vae) else vae.requires_grad_(False).eval()
+        vae = None if isinstance(vae, AutoencoderKL) and is_pixel_vae(vae) else vae.requires_grad_(False).eval()
     return Components(model, scheduler, vae, vae_id, family, GaussianPath.from_scheduler(scheduler))
 
 
@@ -143,9 +143,9 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
         )
     try:
         if cls is DiffusionPipeline:  # which knows the classes of diffusers only
-            name = cls.load_config(source, revision=revision).get("_class_name")
-            cls = next((f.pipeline_class for f in FAMILIES.values() if f.pipeline_class.__name__ == name), cls)
-        return cls.from_pretrained(source, revision=revision, dtype=torch.float32)
+            cls, folder = _as_ours(source, revision)
+            return cls.from_pretrained(folder, revision=revision, dtype=torch.float32)
+        return cls.from_pretrained(source, revision=revision, dtype=torch.float32, **_part_of(source, revision))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = (
@@ -154,6 +154,31 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
             else "check the id, your network and `hf auth login`, or give a folder"
         )
         raise UserError(f"{source}: no {cls.__name__} could be loaded ({first_line}); {advice}") from error
+
+
+def _as_ours(source: str, revision: str | None) -> tuple[type[DiffusionPipeline], str]:
+    """The class that loads a pipeline here, and where from. Raises as `from_pretrained`, and UserError."""
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    name = index.get("_class_name")
+    for family in FAMILIES.values():
+        if name in family.bases:
+            if index.get("transformer_2", [None])[0]:
+                raise UserError(f"{source}: {name} with two transformers is not supported; take one of Wan 2.1")
+            if not Path(source).is_dir():  # all but its text encoder of 11 GB
+                source = WanPipeline.download(source, revision=revision, text_encoder=None, tokenizer=None)
+            return family.pipeline_class, source
+        if name == family.pipeline_class.__name__:
+            return family.pipeline_class, source
+    return DiffusionPipeline, source
+
+
+def _part_of(source: str, revision: str | None) -> dict[str, str]:
+    """Where the VAE lies in a whole pipeline."""
+    try:
+        DiffusionPipeline.load_config(source, revision=revision)
+    except OSError:
+        return {}
+    return {"subfolder": "vae"}
 
 
 def _known(name: str, options: Any, key: str) -> str:

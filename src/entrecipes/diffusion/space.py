@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
 from entrecipes.diffusion.lettering import letters
+from entrecipes.models.pose_video import latent_scale
 
 Normal = Callable[..., Tensor]
 
@@ -90,6 +91,29 @@ class ClipSpace(Space):
     def pictures(self, samples: Tensor) -> Tensor:
         """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
         return samples.permute(0, 1, 3, 2, 4).flatten(3)
+
+
+class LatentClipSpace(ClipSpace):
+    """x0 is a clip in the normalised latents of a video VAE, drawn afresh each time; so is its condition, not drawn."""
+
+    latent = True
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.mean, self.std = latent_scale(vae)
+
+    def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
+        """Cached latents [n, 4C, F', h, w] (see `cache_latents`) -> x0 [n, C, F', h, w]; without `normal`, the mean."""
+        mean, std, _, _ = batch.float().chunk(4, dim=1)
+        if normal is not None:
+            mean = mean + std * normal(*mean.shape[1:])
+        return self._normalised(mean)
+
+    def condition(self, batch: Tensor) -> Tensor:
+        """Cached latents [n, 4C, F', h, w] -> those of the pose maps and of the reference [n, 2C, F', h, w]."""
+        return torch.cat([self._normalised(part) for part in batch.float().chunk(4, dim=1)[2:]], dim=1)
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
 
 class SymbolSpace(Space):

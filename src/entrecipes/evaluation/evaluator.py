@@ -18,6 +18,7 @@ from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.clips import compare_clips
+from entrecipes.evaluation.drawing import conditions, draw, draw_x0
 from entrecipes.evaluation.features import FeatureExtractor
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
@@ -153,7 +154,7 @@ class Evaluator:
         if condition is None and self.data.num_classes:
             condition = balanced_labels(count, self.data.num_classes)
         if condition is None and self.components.family.kind == "clips":
-            condition = self.data.space.condition(self.clips(count).to(self.device))
+            _, condition = self.clips(count)
         pipeline = self.components.pipeline(model).to(self.device)
         with evaluating(model):
             return generate(
@@ -168,19 +169,22 @@ class Evaluator:
                 shard=self.shard,
             )
 
-    def clips(self, count: int) -> Tensor:
-        """Clips whose poses and references are asked for: uint8 [count, 3, 2F + 1, H, W], in turn if fewer.
+    def clips(self, count: int) -> tuple[Tensor, Tensor]:
+        """Clips whose poses and references are asked for: uint8 [count, 3, 2F + 1, H, W], and their condition maps.
 
-        Drawn by the evaluation's seed from the first split: held-out ones where there are any.
+        Drawn by the evaluation's seed from the first split: held-out ones where there are any; in turn if too few.
         """
-        drawn, _ = draw(next(iter(self.splits.values())), count, self.section.seed)
-        return drawn[torch.arange(count) % len(drawn)]
+        split = next(iter(self.splits))
+        drawn, indices = draw(getattr(self.data.images, split), count, self.section.seed)
+        turn = torch.arange(count) % len(drawn)
+        return drawn[turn], conditions(self.data, split, indices)[turn]
 
     def grid(self, model: ModelMixin) -> SampleGrid:
         """The sample grid: one column a class, at most ten; clips beside what was asked for."""
         space, rows = self.data.space, self.section.grid
         if self.components.family.kind == "clips":
-            clips, samples = self.clips(rows), self.samples(model, rows)
+            clips, condition = self.clips(rows)
+            samples = self.samples(model, rows, condition)
             scale = max(1, SEEN_PIXELS // samples.shape[-1])
             return SampleGrid(strips(clips, samples), 1, moving=moving(clips, samples), scale=scale)
         columns = min(self.data.num_classes or space.columns, GRID_COLUMNS)
@@ -227,7 +231,7 @@ class Evaluator:
             "real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}",
         }
         if kind == "clips":
-            fake = self.samples(model, len(drawn), self.data.space.condition(drawn.to(self.device)))
+            fake = self.samples(model, len(drawn), conditions(self.data, section.reference, indices))
             joints = None if real.keypoints is None else real.keypoints[indices]
             frames = drawn[:, :, : fake.shape[2]]
             return compare_clips(
@@ -249,41 +253,6 @@ class SampleGrid:
     """Clips: one picture a frame, uint8 [F, 3, H, W]."""
     scale: int | None = None
     """Whole factor to enlarge pictures by; None: what makes them easy to see."""
-
-
-def draw_x0(
-    data: OpenedData, images: ImageSet, count: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """x0 [n, ...] of up to `count` samples of a part of `data`, drawn by the seed, and what they are conditioned on.
-
-    The condition is class labels int64 [n], condition maps [n, C, F, H, W], or None. Both are on the device.
-    """
-    drawn, indices = draw(images, count, seed)
-    drawn = drawn.to(device)
-    labels = None if images.labels is None else images.labels[indices].to(device)
-    maps = data.space.condition(drawn)
-    return data.space.encode(drawn), labels if maps is None else maps
-
-
-def draw(images: ImageSet, count: int, seed: int) -> tuple[Tensor, list[int]]:
-    """Up to `count` images [n, ...], drawn by the seed, and their indices; unreadable ones are passed over.
-
-    Raises:
-        UserError: When more are unreadable than the recipe tolerates.
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn, indices, bad = [], [], 0
-    for index in order:
-        if len(drawn) == count:
-            break
-        try:
-            drawn.append(images.image(index))
-            indices.append(index)
-        except UserError:
-            bad += 1
-            if bad > images.max_bad_images:
-                raise
-    return torch.stack(drawn), indices
 
 
 @contextlib.contextmanager

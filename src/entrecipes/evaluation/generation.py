@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from entrecipes.diffusion.families import Family
+from entrecipes.diffusion.family import Family
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
-from entrecipes.evaluation.evaluator import draw_x0
+from entrecipes.evaluation.drawing import draw_x0
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.information.profile import Profile
 from entrecipes.information.values import value_statistics

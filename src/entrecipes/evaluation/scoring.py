@@ -18,7 +18,8 @@ from entrecipes.diffusion.families import Family, family_of_pipeline
 from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
-from entrecipes.evaluation.evaluator import draw_x0, evaluating
+from entrecipes.evaluation.drawing import draw_x0
+from entrecipes.evaluation.evaluator import evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.profiling import seconds_of_one_batch
 from entrecipes.recipe.blocks import HoldOut

@@ -110,7 +110,8 @@ class Run:
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check(self.eval_model)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
-        self.curriculum = build("curriculum", recipe.curriculum, model=self.model, kind=self.components.family.kind)
+        kind = "latents" if self.space.latent else self.components.family.kind
+        self.curriculum = build("curriculum", recipe.curriculum, model=self.model, kind=kind)
         self.costs = StepCosts(self.model)
         subject = self.subject()
         self.pruner = build("prune", recipe.prune, subject=subject)

@@ -1,0 +1,107 @@
+"""What a model family is: the one small adapter that each diffusers model class needs here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import Tensor
+
+from entrecipes.diffusion.space import LatentSpace, PixelSpace, Space
+from entrecipes.errors import UserError
+
+
+class Family(ABC):
+    """How one diffusers model class is called, sampled and published."""
+
+    model_class: ClassVar[str]
+    component: ClassVar[str]
+    """Name of the denoiser in the pipeline (`unet`, `transformer`)."""
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    guidance: ClassVar[bool]
+    """Whether the stock pipeline offers classifier-free guidance."""
+    kind: ClassVar[str] = "images"
+    """What the model denoises: `images`, `sequences` of symbols, or `clips` of video."""
+    vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
+    """What compresses for it, where it takes a VAE."""
+    bases: ClassVar[tuple[str, ...]] = ()
+    """Other pipelines, by class name, whose parts the family's own pipeline can be made of."""
+
+    @abstractmethod
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
+        """Call the model (or a wrapper of it): `sample` [n, C, ...], `timestep` [n] -> [n, C, ...].
+
+        `condition` is what the model is conditioned on: class labels [n], or maps [n, C, F, H, W].
+        """
+
+    @abstractmethod
+    def num_classes(self, model: ModelMixin) -> int | None:
+        """Classes that the model is conditioned on; None: unconditional."""
+
+    @abstractmethod
+    def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
+        """What the stock pipeline is called with to get these images, beside what all pipelines take."""
+
+    def generate(
+        self,
+        pipeline: DiffusionPipeline,
+        condition: Any,
+        num_images: int,
+        steps: int,
+        guidance_scale: float,
+        generator: list[torch.Generator],
+    ) -> Tensor:
+        """Sample with the family's pipeline: uint8 [num_images, ...], as a data set holds them."""
+        asked = self.asked_for(condition, num_images, guidance_scale)
+        images = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
+        return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+    def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
+        """The stock pipeline around `model`."""
+        return self.pipeline_class(**{self.component: model, "scheduler": scheduler})
+
+    def channels(self, model: ModelMixin) -> int:
+        """Channels that the model denoises."""
+        return model.config.in_channels
+
+    def sample_shape(self, channels: int, size: int) -> tuple[int, ...]:
+        """The shape of one sample as a data set holds it."""
+        return channels, size, size
+
+    def space(self, model: ModelMixin) -> Space:
+        """Where the model diffuses when it has no VAE."""
+        return PixelSpace()
+
+    def latent_space(self, vae: ModelMixin) -> Space:
+        """Where the model diffuses behind a VAE."""
+        return LatentSpace(vae)
+
+    def null_label(self, model: ModelMixin) -> int | None:
+        """What stands for "no condition" in guidance: a label, or a value of the condition maps; None where the
+        pipeline has no guidance."""
+        return None
+
+    def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
+        """Adjust a fresh or loaded model to our trainer; nothing by default."""
+
+    def check_vae(self, model: ModelMixin, vae: ModelMixin | None) -> None:
+        """Refuse a VAE that the stock pipeline can't carry (here: any). Raises `UserError`."""
+        if vae is not None:
+            raise UserError(
+                f"pipeline.build.vae: {self.pipeline_class.__name__} has no VAE; leave it out, or take a DiT"
+            )
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Refuse a scheduler that the stock pipeline can't sample with, before any training.
+
+        Raises:
+            UserError: Naming the scheduler, what it lacks and one that fits.
+        """
+        if not hasattr(scheduler, "scale_model_input"):
+            raise UserError(
+                f"{type(scheduler).__name__} can't sample in {self.pipeline_class.__name__}, the stock pipeline of "
+                f"{self.model_class} (it has no scale_model_input). For flow matching take DPMSolverMultistepScheduler "
+                "with prediction_type: flow_prediction and use_flow_sigmas: true."
+            )
