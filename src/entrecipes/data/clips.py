@@ -42,13 +42,14 @@ class Video:
 
 @dataclass(frozen=True)
 class Videos:
-    """An opened set of videos, not yet cut; `bad` names what was left out, and why."""
+    """An opened set, not yet cut: the videos asked for, the names of all, and what could not be used, and why."""
 
     name: str
     source: str
     license: str
     place: str
     videos: list[Video]
+    names: tuple[str, ...]
     bad: list[str] = field(default_factory=list)
 
 
@@ -89,14 +90,15 @@ def read_videos(table: Table, size: int, patterns: Sequence[str] = ("*",)) -> Vi
     Raises:
         UserError: Missing columns.
     """
-    dataset = table.dataset
+    dataset, about = table.dataset, (table.name, table.source, table.license, table.place)
     require_columns(dataset.column_names, {"name": "video", "path": "frame", "poses": "keypoints"}, table.place)
     names, numbers = np.array(dataset["video"][:]), np.array(dataset["frame"][:])
-    chosen = np.array([matches(name, patterns) for name in names], bool)
+    everything = tuple(dict.fromkeys(names.tolist()))
+    chosen = np.isin(names, [name for name in everything if matches(name, patterns)])
     if not chosen.all():  # sets are big: decode only what is asked for
         dataset, names, numbers = dataset.select(np.flatnonzero(chosen)), names[chosen], numbers[chosen]
     if not len(dataset):
-        return Videos(table.name, table.source, table.license, table.place, [])
+        return Videos(*about, [], everything)
     rows = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
     keypoints = np.array(dataset["keypoints"][:], np.float32).reshape(-1, len(JOINTS), 3)
     decoded = in_memory(
@@ -117,7 +119,7 @@ def read_videos(table: Table, size: int, patterns: Sequence[str] = ("*",)) -> Vi
         at = np.flatnonzero(names[kept] == name)
         at = at[np.argsort(numbers[kept][at])]
         videos.append(Video(name, frames[at], numbers[kept][at], keypoints[kept][at]))
-    return Videos(table.name, table.source, table.license, table.place, videos, decoded.bad_images)
+    return Videos(*about, videos, everything, decoded.bad_images)
 
 
 def cut(whole: Videos, section: VideoData) -> Splits:
@@ -193,11 +195,10 @@ def _reference(video: Video, at: np.ndarray, visible: np.ndarray, section: Video
 
 
 def _check_patterns(whole: Videos, section: VideoData) -> None:
-    names = [video.name for video in whole.videos]
     for key in ("videos", "held_out_videos"):
         for pattern in getattr(section, key) or ():
-            if not any(matches(name, [pattern]) for name in names) and not (pattern == "*" and whole.bad):
-                hint = nearest(pattern, names) or "."
+            if not any(matches(name, [pattern]) for name in whole.names):
+                hint = nearest(pattern, whole.names) or "."
                 raise UserError(f"data.{key}: {whole.place} has no video called '{pattern}'{hint}")
 
 

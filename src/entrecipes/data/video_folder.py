@@ -54,8 +54,8 @@ def read_video_folder(section: VideoFolderData) -> Videos:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
     if not files | set(listed):
         raise UserError(f"data.path: {place} holds no videos; they end in {', '.join(SUFFIXES)}")
-    videos, bad = [], []
-    for name in sorted(files | set(listed)):
+    videos, bad, names = [], [], sorted(files | set(listed))
+    for name in names:
         if not matches(name, wanted(section)):
             continue
         try:
@@ -64,7 +64,7 @@ def read_video_folder(section: VideoFolderData) -> Videos:
         except BadVideo as error:
             bad.append(f"{name} ({error})")
     source = f"Videos of the folder {folder.resolve().name}."
-    return Videos(folder.resolve().name, source, "not stated", place, videos, bad)
+    return Videos(folder.resolve().name, source, "not stated", place, videos, tuple(names), bad)
 
 
 def _listed(folder: Path) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def _poses(path: Path, poses: Any | None) -> np.ndarray:
             raise BadVideo(f"{beside.name} can't be read: {error}") from None
     try:
         there = [pose for pose in poses if pose is not None]
+        if not there:
+            raise BadVideo(f"no pose in any of its {len(poses)} frames")
         known = joints(np.array(there, np.float32))
         if known.shape[1:] != (len(JOINTS), 3):
             raise ValueError(f"a joint has x, y, visibility, not {known.shape[-1]} numbers")

@@ -106,7 +106,7 @@ def data_rows(run: dict[str, Any]) -> Rows:
         ("Training images", _count(data.get("train_images"))),
         ("Held-out images", _count(data.get("held_out_images"))),
         ("Classes", labels and f"{len(labels)}: {', '.join(map(str, labels[:20]))}{', ...' * (len(labels) > 20)}"),
-        ("Unreadable images skipped", _count(len(bad) if isinstance(bad, list) else bad) if bad else None),
+        ("Bad images or clips left out", _count(len(bad) if isinstance(bad, list) else bad) if bad else None),
     )
 
 

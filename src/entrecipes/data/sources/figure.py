@@ -266,11 +266,11 @@ def hit_capsules(eye: np.ndarray, rays: np.ndarray, a: np.ndarray, b: np.ndarray
     tube = (-linear - np.sqrt(np.maximum(root, 0))) / quadratic
     foot = axis_offset + tube * axis_ray
     on_tube = (root > 0) & (foot > 0) & (foot < length2)
-    # the sphere at the end that the foot lies beyond; a ray along the axis, or one that misses the tube, misses both
+    # the sphere at the end that the foot lies beyond; a ray that misses the endless tube misses both
     at_b = foot >= length2
     sphere_ray = np.where(at_b, offset_ray - axis_ray, offset_ray)
     sphere2 = np.where(at_b, offset2 - 2 * axis_offset + length2, offset2)
     depth = sphere_ray**2 - (sphere2 - square)
     sphere = -sphere_ray - np.sqrt(np.maximum(depth, 0))
-    far = np.where(on_tube, tube, np.where((root > 0) & (depth > 0), sphere, np.inf))
+    far = np.where(on_tube, tube, np.where((root >= 0) & (depth > 0), sphere, np.inf))
     return np.where(far > 0, far, np.inf)

@@ -68,7 +68,7 @@ def read_motion(content: bytes, archive: Path, fps: float) -> tuple[np.ndarray, 
     expect(frames.ndim == 2 and frames.shape[1] == NUMBERS, f"a frame has not {NUMBERS} numbers", archive)
     expect(bool((frames[:-1, 0] > 0).all()), "a frame has no duration", archive)
     times = np.concatenate([[0], np.cumsum(frames[:-1, 0])])
-    at = np.arange(0, times[-1] + 1e-9, 1 / fps)
+    at = np.arange(0, times[-1] + 1e-9, 1 / fps).clip(max=times[-1])
     root = np.stack([np.interp(at, times, frames[:, axis]) for axis in (1, 2, 3)], axis=1)
     rotations, column = {}, 4
     for link, width in CHANNELS.items():
