@@ -88,7 +88,7 @@ class ProgressiveBlocks:
         self._hold(numbers[-1])
         begun = self.subject.clock()
         self.level_weights = self.subject.agree(self.yardstick.level_weights())
-        loss = self.subject.agree(self.yardstick.loss(self.level_weights))
+        loss = self._loss()
         self.measuring_seconds = self.subject.clock() - begun
         ends = (stage + 1) * self.subject.images / self.stages
         until = images + round(self.section.supernet * (ends - images))
@@ -124,7 +124,7 @@ class ProgressiveBlocks:
         if not over:
             return []
         candidate = found.current
-        found.credit(self.subject.agree(self.yardstick.loss(self.level_weights)))
+        found.credit(self._loss())
         ended = ended or found.over(images)
         best = self.subject.agree(found.best(self.section.clock).m)
         if self.section.mode == "snapshot":
@@ -133,6 +133,16 @@ class ProgressiveBlocks:
             self.subject.restore(self.best if ended else self.start)
         self.measuring_seconds += self.subject.clock() - now
         return [self._choose(best)] if ended else []
+
+    def _loss(self) -> float:
+        """The held-out loss; raises UserError when it is no number any more."""
+        loss = self.subject.agree(self.yardstick.loss(self.level_weights))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"blocks: the held-out loss that candidates are compared on became {loss}; lower the learning rate, or "
+                "train without fp16, and go on from a checkpoint"
+            )
+        return loss
 
     def _choose(self, m: int) -> dict[str, Any]:
         """Keep the best candidate for the rest of the stage."""
