@@ -96,7 +96,8 @@ class ProgressiveBlocks:
         candidates = [Candidate(m, self._cost(m)) for m in numbers]
         self.comparison = Comparison(candidates, loss, images, until, burst)
         said = f"compares {', '.join(map(str, numbers))} of {len(self.order)} blocks"
-        return self._row(said) | ranking | {"compares": numbers, "loss": loss}
+        measured = {"compares": numbers, "loss": loss, "measuring_seconds": self.measuring_seconds}
+        return self._row(said) | ranking | measured
 
     def _numbers(self, stage: int) -> list[int]:
         """Numbers of open blocks that may follow, the fewest first."""
