@@ -164,6 +164,25 @@ BROKEN = {
         GOOD + "evaluation:\n  metrics: [ngrams]\n",
         ["r.yaml:9: evaluation.metrics: 'ngrams' is not measured on images; take fid, kid or precision_recall"],
     ),
+    "metrics of clips on images": (
+        GOOD + "evaluation:\n  metrics: [fvd, kid, pose]\n",
+        [
+            "r.yaml:9: evaluation.metrics: 'fvd' is not measured on images; take fid, kid or precision_recall",
+            "r.yaml:9: evaluation.metrics: 'pose' is not measured on images; take fid, kid or precision_recall",
+        ],
+    ),
+    "clips for an image model": (
+        GOOD.replace("pretrained: some/model", "build: {model: {class: UNet2DModel}, scheduler: {class: A}}").replace(
+            "digits", "clips\n  image_size: 32"
+        )
+        + "evaluation:\n  metrics: [fvd, ngrams]\n",
+        [
+            "r.yaml:3: pipeline.build.model.class: UNet2DModel does not denoise clips, which data.type clips holds; "
+            "take WanTransformer3DModel",
+            "r.yaml:10: evaluation.metrics: 'ngrams' is not measured on clips; take ssim, psnr, perceptual, fid, kid, "
+            "precision_recall, fvd, pose or motion",
+        ],
+    ),
     "sequences for an image model": (
         GOOD.replace("pretrained: some/model", "build: {model: {class: UNet2DModel}, scheduler: {class: A}}").replace(
             "digits", "sequences"

@@ -94,7 +94,8 @@ class PoseDetection(Section):
 
 IMAGE_METRICS = ("fid", "kid", "precision_recall")
 CLIP_METRICS = ("ssim", "psnr", "perceptual", *IMAGE_METRICS, "fvd", "pose", "motion")
-SEQUENCE_METRICS = ("ngrams",)
+METRICS = {"images": IMAGE_METRICS, "sequences": ("ngrams",), "clips": CLIP_METRICS}
+"""What is measured on each kind of data."""
 
 
 class HeldOut(Section):

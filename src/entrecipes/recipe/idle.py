@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from entrecipes.recipe.blocks import EntProgSection, StagedBlocksSection
-from entrecipes.recipe.data import FolderData, HubData, PreparedData, VideoData, WindowData
+from entrecipes.recipe.data import FolderData, HubData, PreparedData, VideoData
 from entrecipes.recipe.prune import UNMEASURED, EntPrunerSection, RankedKeys
 from entrecipes.recipe.schema import Recipe
 
@@ -102,5 +102,10 @@ def _measuring(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not recipe.evaluation.metrics:
         for key in _METRIC_KEYS:
             yield f"evaluation.{key}", "while evaluation.metrics is empty"
-    elif isinstance(recipe.data, WindowData):
+    elif recipe.data.kind == "sequences":
         yield "evaluation.features", "with sequences"
+    elif recipe.data.kind == "clips":
+        yield "evaluation.reference_samples", "with clips, which are compared in pairs"
+    for key, metric in (("video_features", "fvd"), ("pose", "pose")):
+        if metric not in recipe.evaluation.metrics:
+            yield f"evaluation.{key}", f"without the metric {metric}"

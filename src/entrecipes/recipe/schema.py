@@ -9,12 +9,15 @@ from pydantic import model_validator
 from entrecipes.recipe.base import Section
 from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, EntProgSection, StagedBlocksSection
 from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
-from entrecipes.recipe.data import DataSection, WindowData
-from entrecipes.recipe.evaluation import Evaluation
+from entrecipes.recipe.data import DataSection
+from entrecipes.recipe.evaluation import METRICS, Evaluation
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
 from entrecipes.recipe.prune import NoPruningSection, PruneSection
 from entrecipes.recipe.training import AdamWOptimizer, OptimizerSection, Training
+
+_KIND_OF_MODEL = {"SequenceTransformer1DModel": "sequences", "WanTransformer3DModel": "clips"}
+"""Classes that don't denoise images."""
 
 
 class Recipe(Section):
@@ -95,18 +98,20 @@ class Recipe(Section):
         return problems
 
     def _kind_problems(self) -> list[str]:
-        """Images and sequences need models and metrics of their own."""
-        sequences, build = isinstance(self.data, WindowData), self.pipeline.build
-        kind, metrics = "sequences" if sequences else "images", self.evaluation.metrics
+        """Images, sequences and clips need models and metrics of their own."""
+        kind, build = self.data.kind, self.pipeline.build
+        allowed = METRICS[kind]
+        among = " or ".join(filter(None, [", ".join(allowed[:-1]), allowed[-1]]))
         problems = [
-            f"evaluation.metrics: '{name}' is not measured on {kind}; take "
-            + ("ngrams" if sequences else "fid, kid or precision_recall")
-            for name in metrics
-            if (name == "ngrams") != sequences
+            f"evaluation.metrics: '{name}' is not measured on {kind}; take {among}"
+            for name in self.evaluation.metrics
+            if name not in allowed
         ]
-        if build and (build.model.class_name == "SequenceTransformer1DModel") != sequences:
+        model = build and build.model.class_name
+        if build and _KIND_OF_MODEL.get(model, "images") != kind:
+            fit = next((name for name, of in _KIND_OF_MODEL.items() if of == kind), "another model")
             problems.append(
-                f"pipeline.build.model.class: {build.model.class_name} does not denoise {kind}, which data.type "
-                f"{self.data.type} holds; take " + ("SequenceTransformer1DModel" if sequences else "another model")
+                f"pipeline.build.model.class: {model} does not denoise {kind}, which data.type {self.data.type} holds; "
+                f"take {fit}"
             )
         return problems
