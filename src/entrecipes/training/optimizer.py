@@ -68,9 +68,11 @@ def build_optimizer(section: sections.Optimizer, model: nn.Module, previous: Opt
     if not parameters:
         raise UserError("no weight is trainable; check the recipe's `blocks:` section")
     optimizer = build("optimizer", section, parameters=parameters)
-    for parameter in parameters if previous else ():
-        if parameter in previous.state:
-            optimizer.state[parameter] = previous.state[parameter]
+    if previous:
+        set_learning_rate(optimizer, previous.param_groups[0]["lr"])  # the log may ask before the next step
+        for parameter in parameters:
+            if parameter in previous.state:
+                optimizer.state[parameter] = previous.state[parameter]
     return optimizer
 
 
