@@ -56,6 +56,9 @@ def export_shim(pipeline_folder: str | Path, output: str | Path) -> Path:
         shutil.rmtree(output / "scheduler")
         (output / "infonoise").rename(output / "scheduler")
     for name, class_name in ours.items():
+        if name == "_class_name" and (output / "pipeline.py").is_file():  # its own source, which needs no entrecipes
+            index[name] = ["pipeline", class_name]
+            continue
         place = output if name == "_class_name" else output / name
         (place / f"{SHIM}.py").write_text(SHIM_TEXT.format(name=class_name))
         index[name] = [SHIM, class_name]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from entrecipes.data.images import BadImage, ImageSet, check_bad_images, fingerprint
 from entrecipes.data.places import atomic_folder, home
+from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -111,10 +112,9 @@ def _moments(vae: AutoencoderKL | AutoencoderKLWan, pixels: Tensor) -> Tensor:
     if pixels.dim() == 4:
         posterior = vae.encode(pixels).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1)
-    frames = pixels.shape[2] // 2
-    clips, poses, reference = pixels.split((frames, frames, 1), dim=2)
+    clips, poses, reference = clip_parts(pixels)
     posterior = vae.encode(clips).latent_dist
-    condition = [vae.encode(video).latent_dist.mode() for video in (poses, reference.expand_as(poses))]
+    condition = [vae.encode(video).latent_dist.mode() for video in (poses, reference[:, :, None].expand_as(poses))]
     return torch.cat([posterior.mean, posterior.std, *condition], dim=1)
 
 

@@ -70,6 +70,16 @@ class LatentSpace(Space):
         return (mean - self.shift) * self.scale
 
 
+def clip_parts(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of clips as a data set holds them [n, 3, 2F + 1, H, W].
+
+    Returns:
+        Frames and pose maps, [n, 3, F, H, W] each, and the reference [n, 3, H, W].
+    """
+    frames = batch.shape[2] // 2
+    return batch[:, :, :frames], batch[:, :, frames:-1], batch[:, :, -1]
+
+
 class ClipSpace(Space):
     """x0 is a clip of pixels in [-1, 1]; the condition are its pose maps and a reference image of the person.
 
@@ -80,13 +90,12 @@ class ClipSpace(Space):
 
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
         """uint8 [n, 3, 2F + 1, H, W] -> x0 [n, 3, F, H, W]; `normal` is not used."""
-        return _signed(batch[:, :, : batch.shape[2] // 2])
+        return _signed(clip_parts(batch)[0])
 
     def condition(self, batch: Tensor) -> Tensor:
         """uint8 [n, 3, 2F + 1, H, W] -> pose maps and, on every frame, the reference: [n, 6, F, H, W] in [-1, 1]."""
-        frames = batch.shape[2] // 2
-        poses, reference = batch[:, :, frames:-1], batch[:, :, -1:]
-        return _signed(torch.cat([poses, reference.expand_as(poses)], dim=1))
+        _, poses, reference = clip_parts(batch)
+        return _signed(torch.cat([poses, reference[:, :, None].expand_as(poses)], dim=1))
 
     def pictures(self, samples: Tensor) -> Tensor:
         """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""

@@ -16,6 +16,7 @@ from entrecipes.data.images import ImageSet
 from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
+from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.evaluation.clips import compare_clips
 from entrecipes.evaluation.drawing import conditions, draw, draw_x0
@@ -186,7 +187,9 @@ class Evaluator:
             clips, condition = self.clips(rows)
             samples = self.samples(model, rows, condition)
             scale = max(1, SEEN_PIXELS // samples.shape[-1])
-            return SampleGrid(strips(clips, samples), 1, moving=moving(clips, samples), scale=scale)
+            real, poses, reference = clip_parts(clips)
+            shown = (reference, poses, real, samples)
+            return SampleGrid(strips(*shown), 1, moving=moving(*shown), scale=scale)
         columns = min(self.data.num_classes or space.columns, GRID_COLUMNS)
         labels = balanced_labels(columns * rows, columns) if self.data.num_classes else None
         samples = self.samples(model, columns * rows, labels)

@@ -23,6 +23,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """Diffusers' own name for the weights of an adapter."""
 OTHER_TASK = "other"
 """What stands for sequences, for which the Hub has no task."""
+CLIPS_TASK = "image-to-video"
 
 
 def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -56,6 +57,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         facts=facts,
         plots={name: f"assets/{path.name}" for name, path in plots.items()},
         own=needs_entrecipes(run),
+        own_source=samples_clips(run),
         snippet=snippet(run, repo_id or _shown(pipeline)),
         infonoise=(repo_id or _shown(pipeline)) if (pipeline / "infonoise").is_dir() else None,
         local=repo_id is None,
@@ -83,7 +85,8 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
 def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
     """Python that loads the pipeline with diffusers and torch alone and writes `samples.png`.
 
-    A pipeline of our own needs entrecipes too, and prints sequences.
+    A pipeline of our own needs entrecipes too, and prints sequences; that of clips brings its source along, and writes
+    `samples.gif` from the example beside it.
 
     Args:
         run: The facts of `run.json`.
@@ -92,13 +95,18 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
     pipeline, adapter = run["pipeline"], run.get("adapter")
     place = folder_or_repo.as_posix() if isinstance(folder_or_repo, Path) else folder_or_repo
     count = min(pipeline.get("num_classes") or 10, 10)
-    labels = f"class_labels={list(range(count))}" if pipeline.get("num_classes") else None
-    if pipeline["class"] == "DiTPipeline":
-        arguments = [labels, f"guidance_scale={pipeline['guidance_scale']}"]
-    else:
-        arguments = [f"batch_size={count}", labels]
-    arguments += [f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
-    if needs_entrecipes(run):
+    named, target, options = [], f'"{place}"', ""
+    if samples_clips(run):
+        on_hub = isinstance(folder_or_repo, str) and not Path(place).is_dir()
+        example = f"https://huggingface.co/{place}/resolve/main/example" if on_hub else f"{place}/example"
+        named = [f'folder = "{place}"', f'example = "{example}"']
+        target, options = "folder", ", custom_pipeline=folder, trust_remote_code=True"
+        imports = [
+            "from diffusers import DiffusionPipeline",
+            "from diffusers.utils import export_to_gif, load_image, load_video",
+        ]
+        loader, result, last = "DiffusionPipeline", "frames", 'export_to_gif(frames[0], "samples.gif")'
+    elif needs_entrecipes(run):
         imports = [f"from entrecipes import {pipeline['class']}"]
         loader, result, last = pipeline["class"], "sequences", 'print(*sequences, sep="\\n")'
     else:
@@ -106,9 +114,9 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
         resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
         loader, result = "DiffusionPipeline", "images"
         last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'
-    loading = [f'pipeline = {loader}.from_pretrained("{place}")']
+    loading = [f"pipeline = {loader}.from_pretrained({target}{options})"]
     if adapter:
-        more, loading = adapter_lines(adapter, loader, place)
+        more, loading = adapter_lines(adapter, loader, place, options)
         imports = sorted([*imports, *more])
     return "\n".join(
         [
@@ -116,14 +124,28 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
             "import torch",
             *imports,
             "",
+            *named,
             *loading,
             'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
             f"{result} = pipeline(",
-            *(f"    {argument}," for argument in arguments if argument),
+            *(f"    {argument}," for argument in _arguments(run, count)),
             f").{result}",
             last,
         ]
     )
+
+
+def _arguments(run: dict[str, Any], count: int) -> list[str]:
+    """What the pipeline is called with to get `count` samples."""
+    pipeline = run["pipeline"]
+    labels = [f"class_labels={list(range(count))}"] if pipeline.get("num_classes") else []
+    if samples_clips(run):
+        asked = ['load_image(f"{example}/reference.png")', 'load_video(f"{example}/poses.gif")']
+    elif pipeline["class"] == "DiTPipeline":
+        asked = [*labels, f"guidance_scale={pipeline['guidance_scale']}"]
+    else:
+        asked = [f"batch_size={count}", *labels]
+    return [*asked, f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
 
 
 def published(run: dict[str, Any]) -> str:
@@ -131,12 +153,12 @@ def published(run: dict[str, Any]) -> str:
     return "adapter" if run.get("adapter") else "pipeline"
 
 
-def adapter_lines(adapter: dict[str, Any], loader: str, place: str) -> tuple[list[str], list[str]]:
+def adapter_lines(adapter: dict[str, Any], loader: str, place: str, options: str = "") -> tuple[list[str], list[str]]:
     """Imports and lines that load the base with `loader`, and the adapter in the folder `place` on it."""
     base = Path(adapter["base"])
     base = _shown(base / "pipeline" if (base / "pipeline").is_dir() else base) if base.is_dir() else adapter["base"]
     revision = f', revision="{adapter["revision"]}"' if adapter["revision"] else ""
-    lines = [f'pipeline = {loader}.from_pretrained("{base}"{revision})']
+    lines = [f'pipeline = {loader}.from_pretrained("{base}"{revision}{options})']
     model = f"pipeline.{adapter['component']}"
     if adapter["loads_itself"]:
         return [], [*lines, f'{model}.load_lora_adapter("{place}", prefix=None, weight_name="{LORA_FILE}")']
@@ -156,13 +178,19 @@ def adapter_lines(adapter: dict[str, Any], loader: str, place: str) -> tuple[lis
 
 
 def needs_entrecipes(run: dict[str, Any]) -> bool:
-    """Whether the pipeline's class is one of ours, not of diffusers."""
-    return run["pipeline"].get("library") == "entrecipes"
+    """Whether the pipeline's class is one of ours, not of diffusers, and its source is not beside it."""
+    return run["pipeline"].get("library") == "entrecipes" and not samples_clips(run)
+
+
+def samples_clips(run: dict[str, Any]) -> bool:
+    """Whether the pipeline makes videos, with a class of ours whose source it brings along."""
+    return run["pipeline"]["class"] == "PoseVideoPipeline"
 
 
 def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     run, recipe = folder.run, folder.recipe
-    data, task = recipe["data"], OTHER_TASK if needs_entrecipes(run) else TASK
+    data = recipe["data"]
+    task = CLIPS_TASK if samples_clips(run) else OTHER_TASK if needs_entrecipes(run) else TASK
     results = [
         EvalResult(
             task_type=task,

@@ -69,12 +69,12 @@ def sample_grid(images: Any, columns: int, scale: int | None = None, gap: int = 
 
 
 def save_grid(
-    images: Any, path: str | Path, columns: int, scale: int | None = None, texts: list[str] | None = None
+    images: Any, path: str | Path, columns: int, scale: int | None = None, texts: list[str] | None = None, gap: int = 4
 ) -> Path:
     """Write [`sample_grid`] as a PNG, and `texts` beside it, one a line; returns the PNG's path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sample_grid(images, columns, scale).save(path)
+    sample_grid(images, columns, scale, gap).save(path)
     if texts is not None:
         path.with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import platform
 import shutil
@@ -15,8 +16,10 @@ from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 
 from entrecipes.diffusion import lora
+from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.report.card import write_card
+from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.report.report import write_report
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import peak_memory_gib
@@ -59,6 +62,8 @@ def save_pipeline(run: Run, folder: Path) -> None:
             run.adapter.publish(run.eval_model, partial, section.pretrained, section.revision, target)
         else:
             run.components.pipeline(run.adapter.merged(run.eval_model)).save_pretrained(partial)
+        if run.components.family.kind == "clips":
+            leave_example(run, partial)
         run.noise.publish(partial, run.components.scheduler)
         run.pruner.publish(partial)
     except SafetensorError as error:  # a full disk, told by the library in its own way
@@ -66,6 +71,15 @@ def save_pipeline(run: Run, folder: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     shutil.rmtree(other, ignore_errors=True)
+
+
+def leave_example(run: Run, folder: Path) -> None:
+    """What the card's snippet needs: a clip's `example/reference.png` and `poses.gif`, and the pipeline's source."""
+    clips, _ = run.evaluator.clips(1)
+    _, poses, reference = clip_parts(clips)
+    save_grid(reference, folder / "example" / "reference.png", columns=1, scale=1, gap=0)
+    save_moving(poses[0].transpose(0, 1), folder / "example" / "poses.gif", scale=1)
+    shutil.copyfile(inspect.getfile(run.components.family.pipeline_class), folder / "pipeline.py")
 
 
 def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
