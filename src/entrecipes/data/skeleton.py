@@ -61,7 +61,8 @@ LINE = 0.045
 THINNEST = 1.25
 VISIBLE = 0.5
 """Joints of less visibility, and limbs that end in one, are left out."""
-CHUNK_PIXELS = 2**22
+CHUNK_PIXELS = 2**15
+"""Drawn at a time: few enough to stay in the processor's cache."""
 
 _PAIRS = np.array([[JOINTS.index(name) for name in limb] for limb in LIMBS])
 
@@ -99,20 +100,30 @@ def _draw(keypoints: np.ndarray, size: int, threshold: float) -> np.ndarray:
     shown = np.isfinite(keypoints).all(-1) & (keypoints[..., 2] >= threshold)
     points = np.where(shown[..., None], keypoints[..., :2], 0) * size
     half = max(THINNEST, LINE * size) / 2
-    centres = np.arange(size, dtype=np.float32) + 0.5
     canvas = np.zeros((len(points), 3, size, size), np.float32)
     for (first, second), color in zip(_PAIRS, COLORS, strict=True):
-        a, b = points[:, first, :, None, None], points[:, second, :, None, None]
-        along = b - a
-        x, y = centres[None, None, :] - a[:, 0], centres[None, :, None] - a[:, 1]
-        length2 = np.maximum((along**2).sum(1), 1e-6)
-        t = np.clip((x * along[:, 0] + y * along[:, 1]) / length2, 0, 1)
-        distance = np.hypot(x - t * along[:, 0], y - t * along[:, 1])
-        both = (shown[:, first] & shown[:, second])[:, None, None]
-        cover = (np.clip(half + 0.5 - distance, 0, 1) * both)[:, None]
-        canvas += cover * (np.array(color, np.float32)[:, None, None] - canvas)
-    nose = points[:, 0, :, None, None]  # a dot for the head, which no limb ends in visibly
-    distance = np.hypot(centres[None, None, :] - nose[:, 0], centres[None, :, None] - nose[:, 1])
-    cover = (np.clip(1.6 * half + 0.5 - distance, 0, 1) * shown[:, 0, None, None])[:, None]
-    canvas += cover * (255 - canvas)
+        _line(canvas, points[:, first], points[:, second], shown[:, first] & shown[:, second], half, color)
+    nose = points[:, 0]  # a dot for the head, which no limb ends in visibly
+    _line(canvas, nose, nose, shown[:, 0], 1.6 * half, (255, 255, 255))
     return np.round(canvas).astype(np.uint8)
+
+
+def _line(
+    canvas: np.ndarray, a: np.ndarray, b: np.ndarray, shown: np.ndarray, half: float, color: tuple[int, int, int]
+) -> None:
+    """Lay a line from a [T, 2] to b [T, 2], in pixels, over each picture of the canvas [T, 3, S, S] where `shown`."""
+    if not shown.any():
+        return
+    size = canvas.shape[-1]
+    ends = np.concatenate([a[shown], b[shown]])
+    left, top = np.floor(ends.min(0) - half - 1).clip(0, size).astype(int)
+    right, bottom = np.ceil(ends.max(0) + half + 1).clip(0, size).astype(int)
+    x = np.arange(left, right, dtype=np.float32) + 0.5 - a[:, 0, None, None]
+    y = (np.arange(top, bottom, dtype=np.float32) + 0.5)[:, None] - a[:, 1, None, None]
+    along_x, along_y = ((b - a)[:, axis, None, None] for axis in (0, 1))
+    t = np.clip((x * along_x + y * along_y) / np.maximum(along_x**2 + along_y**2, 1e-6), 0, 1)
+    distance = np.sqrt((x - t * along_x) ** 2 + (y - t * along_y) ** 2)
+    cover = np.clip(half + 0.5 - distance, 0, 1) * shown[:, None, None]
+    part = canvas[:, :, top:bottom, left:right]
+    for channel, level in enumerate(color):
+        part[:, channel] += cover * (level - part[:, channel])
