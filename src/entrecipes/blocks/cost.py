@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from entrecipes.blocks.stack import BlockStack
+from entrecipes.diffusion.lora import size
 
 FROZEN_SHARE = 0.52
 """What a closed block above the floor keeps for the backward pass, relative to an open one. Measured in float32 on CPU
@@ -95,7 +96,7 @@ def cost_model(stack: BlockStack, eligible: set[str] | None = None) -> CostModel
     sizes, trained = [0] * len(stack), [0] * len(stack)
     for index, names in enumerate(weight_names(stack)):
         for name in names:
-            count = stack.model.get_parameter(name).numel()
+            count = size(stack.model.get_parameter(name))
             sizes[index] += count
             trained[index] += count * (eligible is None or name in eligible)
     return CostModel(sizes, trained)
