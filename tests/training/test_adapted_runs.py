@@ -23,7 +23,7 @@ from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
 from entrecipes.training.launch import run_recipe
-from entrecipes.training.loop import train
+from entrecipes.training.loop import step, train
 from entrecipes.training.publish import save_pipeline
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
@@ -209,3 +209,20 @@ def test_what_is_removed_later_is_merged_in_the_end(tmp_path, base):
 def test_an_adapter_of_new_weights_is_a_mistake():
     with pytest.raises(ValidationError, match=r"blocks.adapter.type: 'lora' adapts a trained model"):
         tiny_recipe(DIT, FLOW, blocks={"type": "all", "adapter": LORA})
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_ent_prog_on_top_trains_only_the_adapters_of_open_blocks(base, name):
+    draws = {"images": 4, "noise_levels": 4}
+    blocks = {"type": "entprog", "order": "taylor", "draws": draws, "growth": "none", "largest": 0.34}
+    blocks["adapter"] = ADAPTERS[name]
+    run = Run(Recipe.model_validate(recipe(base, {}) | {"blocks": blocks}), None)
+    before = {key: value.clone() for key, value in run.model.named_parameters()}
+    batches = run.batches()
+    run.begin()
+    for _ in range(2):
+        step(run, batches)
+    moved = {key for key, value in run.model.named_parameters() if not torch.equal(before[key], value)}
+    assert len({key.split(".")[1] for key in moved}) == 1, "of 3 blocks, 0.34 is one"
+    assert moved and all(".lora_" in key for key in moved)
+    assert len(run.optimizer.optimizer.state) == len(moved)

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from entrecipes.blocks.scores import BlockScores
 from entrecipes.blocks.stack import BlockStack
+from entrecipes.diffusion.lora import expanded
 from entrecipes.errors import UserError
 
 KEYS = ("mean", "square", "loss", "output_distance", "log_spread", "abs_log_spread")
@@ -169,10 +170,14 @@ class _Tally:
 
 
 class _Taylor:
-    """First-order estimate of what a block's weights matter to the loss, from gradients summed over all draws."""
+    """First-order estimate of what a block's weights matter to the loss, from gradients summed over all draws.
+
+    Weights in 4 bits have no gradients and are left out.
+    """
 
     def __init__(self, stack: BlockStack) -> None:
-        self.weights = [[p for m in stack.modules(i) for p in m.parameters()] for i in range(len(stack))]
+        modules = [stack.modules(i) for i in range(len(stack))]
+        self.weights = [[p for m in block for p in m.parameters() if p.is_floating_point()] for block in modules]
         self.sums = [[torch.zeros_like(p) for p in block] for block in self.weights]
 
     def add(self, draw: Draw) -> None:
@@ -208,6 +213,6 @@ def _magnitude(stack: BlockStack) -> Tensor:
     """Mean |weight| of each block [B]."""
     found = []
     for index in range(len(stack)):
-        weights = [p.detach() for module in stack.modules(index) for p in module.parameters()]
+        weights = [expanded(p).detach() for module in stack.modules(index) for p in module.parameters()]
         found.append(sum(float(w.abs().sum()) for w in weights) / sum(w.numel() for w in weights))
     return torch.tensor(found, dtype=torch.float64)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from entrecipes.diffusion.lora import size
 from entrecipes.errors import UserError
 from entrecipes.recipe.blocks import AllBlocksSection, StagedBlocksSection
 
@@ -79,7 +80,7 @@ class AllBlocks:
         trained = [weight.numel() for name, weight in weights if self.eligible(name)]
         if len(trained) == len(weights):
             return []
-        total = sum(weight.numel() for _, weight in weights)
+        total = sum(size(weight) for _, weight in weights)
         return [{"what": f"training {sum(trained):,} of {total:,} weights", "trained_parameters": sum(trained)}]
 
     def focus(self) -> None:

@@ -20,7 +20,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError
@@ -69,6 +69,16 @@ def size(parameter: nn.Parameter) -> int:
     """Weights in a parameter, two to a byte where it is quantised."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def expanded(parameter: nn.Parameter) -> Tensor:
+    """The weights of a parameter as they are computed with, also where it is quantised."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, state)
 
 
 def is_lora(name: str) -> bool:
@@ -140,7 +150,7 @@ def merge(model: nn.Module) -> None:
 
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Linear4bit":
-            model.set_submodule(name, _expanded(module))
+            model.set_submodule(name, _full_precision(module))
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
@@ -150,11 +160,9 @@ def merge(model: nn.Module) -> None:
         model._hf_peft_config_loaded = False
 
 
-def _expanded(layer: nn.Linear) -> nn.Linear:
-    from bitsandbytes.functional import dequantize_4bit
-
+def _full_precision(layer: nn.Linear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
+    linear.weight = nn.Parameter(expanded(layer.weight), requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)
 

@@ -19,7 +19,7 @@ class NoAdapterSection(Section):
 class LoraKeys(Section):
     """A low-rank update B A, times alpha / rank, of each chosen linear layer of a frozen base."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(8, ge=1)
     """Rank of the update."""
     alpha: float | None = Field(None, gt=0)
     """The update is scaled by alpha / rank; null: alpha = rank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from entrecipes.diffusion.lora import size
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.loop import step
 from entrecipes.training.run import Run
@@ -55,9 +56,10 @@ def dry_run(recipe: Recipe) -> Estimate:
     rate = TIMED_STEPS * recipe.training.batch_size / (time.perf_counter() - started)
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     state = [v for values in run.optimizer.optimizer.state.values() for v in values.values() if hasattr(v, "nbytes")]
-    held = list(run.model.parameters()) + trainable + state + (list(run.ema.model.parameters()) if run.ema else [])
+    weights = set(run.model.parameters()) | set(run.ema.model.parameters() if run.ema else ())  # they may share some
+    held = [*weights, *trainable, *state]
     return Estimate(
-        parameters=sum(p.numel() for p in run.model.parameters()),
+        parameters=sum(size(p) for p in run.model.parameters()),
         trainable_parameters=sum(p.numel() for p in trainable),
         weights_gib=sum(tensor.nbytes for tensor in held) / 2**30,
         peak_memory_gib=peak_memory_gib(run.device),
