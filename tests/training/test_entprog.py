@@ -107,6 +107,28 @@ def test_resume_is_exact_also_in_the_middle_of_a_turn(tmp_path, case, stop):
     assert decided[0] == decided[1]
 
 
+def test_adapters_open_by_blocks_and_resume_exactly(tmp_path):
+    """LoRA on top, in snapshots: closed blocks' adapters do not move, and nothing else is kept or put aside."""
+    started(opening({})).components.pipeline().save_pretrained(tmp_path / "base")
+    values = opening(CASES["snapshots"] | {"order": "last_first", "largest": 0.67}).model_dump(exclude_unset=True)
+    values["blocks"]["adapter"] = {"type": "lora", "rank": 2}
+    recipe = Recipe.model_validate(values | {"pipeline": {"pretrained": str(tmp_path / "base")}})
+    whole = Run(recipe, None)
+    begun = {name: weight.clone() for name, weight in whole.model.state_dict().items()}
+    train(whole)
+    moved = {name for name, weight in whole.model.state_dict().items() if not torch.equal(weight, begun[name])}
+    assert moved and all("lora_" in name and int(name.split(".")[1]) >= 2 for name in moved)
+    part = Run(recipe, tmp_path)
+    listened(part, until=48)
+    train(part)
+    rest = Run(recipe, tmp_path)
+    resume(rest)
+    assert rest.blocks.start["model"].keys() == {name for name in begun if "lora_" in name}
+    train(rest)
+    one, two = state(whole), state(rest)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stages_grow_and_hold_what_is_open(case):
     run = started(opening(CASES[case] | ({"burst": 1} if case in ("published", "ours") else {})))
