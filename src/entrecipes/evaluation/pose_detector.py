@@ -7,6 +7,7 @@ trained on is the floor below which that measure sees nothing.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from entrecipes.data.images import ImageSet, fingerprint
 from entrecipes.data.places import atomic_folder, home
+from entrecipes.data.skeleton import JOINTS
 from entrecipes.errors import UserError
 from entrecipes.evaluation.metrics import Origin
 from entrecipes.evaluation.result import Metric, metric_name
 from entrecipes.recipe.evaluation import PoseDetection
 
 TAG = "heatmaps"
-VERSION = 1
+VERSION = 2
 """Of the network and its training; part of the cache's name."""
 LARGEST_SIDE = 64
 """Larger frames are made so large first."""
@@ -38,6 +40,11 @@ VISIBLE = 0.5
 """Joints of a visibility below it are neither learned nor measured."""
 PCK_REACH = 0.1
 """Of the figure's extent: a joint found within it counts as correct."""
+TURN, ZOOM, SHIFT = math.radians(40), 0.1, 0.1
+"""How far training frames are turned (standard deviation), scaled (log of the factor) and shifted (half frames)."""
+_OPPOSITE = {"left": "right", "right": "left"}
+OTHER_SIDE = [JOINTS.index("_".join(_OPPOSITE.get(word, word) for word in name.split("_"))) for name in JOINTS]
+"""Which joint each one is in a mirror."""
 FLOOR_CLIPS = 256
 """Real clips on which the detector's own error is measured, at most."""
 
@@ -127,6 +134,26 @@ def _targets(keypoints: Tensor, height: int, width: int) -> Tensor:
     return maps / maps.sum(2, keepdim=True).clamp(min=1e-8)
 
 
+def _turned(frames: Tensor, joints: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Frames turned, mirrored, shifted and scaled at random, with their joints [n, 13, 3]: few motions become many."""
+    count = len(frames)
+    angle = TURN * torch.randn(count, generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    scale = torch.exp(ZOOM * (2 * torch.rand(count, generator=generator) - 1))
+    shift = SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
+    sign = torch.where(mirrored, -1.0, 1.0)
+    across, along = torch.cos(angle) / scale, torch.sin(angle) / scale
+    # From a place in the new frame to the place in the old one that it shows, both in [-1, 1].
+    turn = torch.stack([torch.stack([across * sign, -along], 1), torch.stack([along * sign, across], 1)], 1)
+    grid = F.affine_grid(torch.cat([turn, shift[..., None]], 2), list(frames.shape), align_corners=False)
+    frames = F.grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
+    # The inverse of a turn over a scale is its transpose times the scale squared; rows times the turn are that.
+    places = ((2 * joints[..., :2] - 1 - shift[:, None]) @ turn * scale[:, None, None].square() + 1) / 2
+    inside = ((places > 0) & (places < 1)).all(2, keepdim=True)
+    joints = torch.cat([places, joints[..., 2:] * inside], 2)
+    return frames, torch.where(mirrored[:, None, None], joints[:, OTHER_SIDE], joints)
+
+
 def _worn(frames: Tensor, generator: torch.Generator) -> Tensor:
     """Frames with the faults of generated ones: noise, blur, another brightness, each to a random degree."""
     degree = torch.rand(3, len(frames), 1, 1, 1, generator=generator)
@@ -149,8 +176,8 @@ def _trained(section: PoseDetection, clips: Tensor, keypoints: Tensor, device: t
     for _ in range(steps):
         which = torch.randint(len(clips), (BATCH,), generator=generator)
         when = torch.randint(clips.shape[2], (BATCH,), generator=generator)
-        joints = keypoints[which, when].to(device)
-        logits = network(_worn(_prepared(clips[which, :, when]), generator).to(device))
+        frames, joints = _turned(_prepared(clips[which, :, when]), keypoints[which, when].nan_to_num(), generator)
+        logits, joints = network(_worn(frames, generator).to(device)), joints.to(device)
         targets = _targets(joints, *logits.shape[-2:])
         losses = -(targets * logits.flatten(2).log_softmax(2)).sum(2)
         seen = joints[..., 2] >= VISIBLE
@@ -226,7 +253,7 @@ def pose_errors(detected: Tensor, keypoints: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean distance in extents, and share of joints within a tenth of it, of each clip [N].
     """
-    seen, asked = keypoints[..., 2] >= VISIBLE, keypoints[..., :2]
+    seen, asked = keypoints[..., 2] >= VISIBLE, keypoints[..., :2].nan_to_num()
     low = asked.masked_fill(~seen[..., None], torch.inf).amin(2)
     high = asked.masked_fill(~seen[..., None], -torch.inf).amax(2)
     extent = (high - low).amax((1, 2)).clamp(min=1e-3)

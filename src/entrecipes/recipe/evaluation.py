@@ -86,7 +86,7 @@ VideoFeaturesSection = union("video_features")
 class PoseDetection(Section):
     """The detector that finds the joints of generated people again; trained once on the real training frames, kept."""
 
-    images: PositiveCount = 40_000
+    images: PositiveCount = 60_000
     """Frames that it is trained on, each as often as it is drawn."""
     seed: int = Field(0, ge=0)
     """Seed of its weights and draws."""
