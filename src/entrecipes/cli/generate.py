@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from entrecipes.cli import clips
 from entrecipes.errors import UserError
 
-HELP = "sample images (or sequences) from a run folder, a pipeline folder or a Hub id"
+HELP = "sample images (or sequences, or clips) from a run folder, a pipeline folder or a Hub id"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
-    parser.add_argument("-n", "--count", type=int, default=40, help="images (default 40)")
+    parser.add_argument("-n", "--count", type=int, help="images (default 40), or clips (default 4, or 1 of --poses)")
     parser.add_argument("--labels", help="classes asked for, such as 3,1,4; they repeat in turn (default: all in turn)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     parser.add_argument(
@@ -22,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (default 0)")
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time (default 100)")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("samples.png"), help="grid to write (default samples.png)"
+        "-o", "--output", type=Path, help="grid to write (default samples.png; clips: samples.gif, .mp4 or .png)"
     )
     parser.add_argument("--separate", type=Path, metavar="FOLDER", help="also write every image into this folder")
+    clips.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from entrecipes.evaluation.generation import generate
     from entrecipes.report.plots import save_grid
 
-    if min(args.count, args.steps, args.batch_size) < 1:
+    if min(1 if args.count is None else args.count, args.steps, args.batch_size) < 1:
         raise UserError("--count, --steps and --batch-size must be at least 1")
-    if args.output.suffix != ".png":
+    if args.output and args.output.suffix not in clips.OUTPUTS:
         raise UserError(f"--output {args.output}: the grid is a PNG; name it {args.output.with_suffix('.png')}")
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -44,6 +46,15 @@ def run(args: argparse.Namespace) -> int:
     family = family_of_pipeline(pipeline)
     if args.guidance_scale != 1 and not family.guidance:
         raise UserError(f"--guidance-scale: {type(pipeline).__name__} has no guidance; leave it out")
+    if family.kind == "clips":
+        _labels(args.labels, None, 0)
+        args.output = args.output or Path("samples.gif")
+        return clips.run(args, pipeline, family)
+    args.count, args.output = args.count or 40, args.output or Path("samples.png")
+    if args.output.suffix != ".png":
+        raise UserError(f"--output {args.output}: the grid is a PNG; name it {args.output.with_suffix('.png')}")
+    if args.reference or args.poses:
+        raise UserError(f"--reference, --poses: {type(pipeline).__name__} makes no clips; leave them out")
     num_classes = family.num_classes(getattr(pipeline, family.component))
     labels = _labels(args.labels, num_classes, args.count)
     images = generate(

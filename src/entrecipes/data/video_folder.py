@@ -93,6 +93,15 @@ def _poses(path: Path, poses: Any | None) -> np.ndarray:
             poses = json.loads(beside.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BadVideo(f"{beside.name} can't be read: {error}") from None
+    return read_keypoints(poses)
+
+
+def read_keypoints(poses: Any) -> np.ndarray:
+    """float32 [T, 13, 3] of T poses of 13 joints or 33 landmarks times (x, y, visibility), null for a frame without.
+
+    Raises:
+        BadVideo: For anything else.
+    """
     try:
         there = [pose for pose in poses if pose is not None]
         if not there:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from entrecipes.errors import UserError
 from entrecipes.report.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -81,11 +82,25 @@ def save_grid(
 
 
 def save_moving(frames: Any, path: str | Path, scale: int | None = None, fps: int = 8) -> Path:
-    """Write pictures uint8 `[F, 3, H, W]` one after the other as an endless GIF, enlarged as a grid is."""
+    """Write pictures uint8 `[F, 3, H, W]` one after the other, enlarged as a grid is: an endless GIF, or an MP4.
+
+    Raises:
+        UserError: When nothing here can write an MP4.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *others = (sample_grid(frame[None], columns=1, scale=scale, gap=0) for frame in frames)
-    first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
+    pictures = [sample_grid(frame[None], columns=1, scale=scale, gap=0) for frame in frames]
+    if path.suffix != ".mp4":
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+        return path
+    from diffusers.utils import export_to_video
+
+    try:
+        export_to_video(pictures, str(path), fps=fps)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"{path}: writing an MP4 needs OpenCV: run `pip install 'entrecipes[video]'`, or name a .gif"
+        ) from None
     return path
 
 
