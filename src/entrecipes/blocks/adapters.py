@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.diffusion import lora
 from entrecipes.errors import UserError
-from entrecipes.recipe.adapters import DiffFitSection, LoraKeys, NoAdapterSection, QLoraSection
+from entrecipes.recipe.adapters import LoraKeys
+from entrecipes.recipe.base import Section
 
 PARTS = re.compile(r"Attention|Attn|FeedForward|FFN|M(lp|LP)")
 """Class names of attention and feed-forward modules in diffusers."""
@@ -37,13 +38,17 @@ class NoAdapter:
     """Trains the model's own weights; what every choice has in common.
 
     A model that carries an adapter already is merged first.
+
+    Raises:
+        UserError: For a model without what the choice trains, a pattern that matches nothing, or a base that carries an
+            adapter itself where the new one is to be published alone.
     """
 
     own_weights = False
     """Whether what is trained lies beside a frozen base: checkpoints then hold it alone."""
 
-    def __init__(self, section: NoAdapterSection, model: nn.Module, seed: int = 0) -> None:
-        """Args: `seed` is that of new weights."""
+    def __init__(self, section: Section, model: nn.Module, seed: int = 0) -> None:
+        """Args: `section` is a choice of the wing; `seed` that of new weights."""
         self.section = section
         if self.published_alone and lora.carries_adapter(model):
             raise UserError(
@@ -114,9 +119,6 @@ class DiffFit(NoAdapter):
     A scale is a parametrization of the output layer's weight and bias (one factor for both, so that it scales the
     output), and so merges away without a rounding of its own.
     """
-
-    def __init__(self, section: DiffFitSection, model: nn.Module, seed: int = 0) -> None:
-        super().__init__(section, model, seed)
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         self.embeddings = self.section.embeddings
@@ -221,9 +223,6 @@ class Lora(NoAdapter):
 
 class QLora(Lora):
     """The same beside a base whose blocks hold their linear layers in 4 bits (Dettmers et al. 2023)."""
-
-    def __init__(self, section: QLoraSection, model: nn.Module, seed: int = 0) -> None:
-        super().__init__(section, model, seed)
 
     def quantise(self, model: nn.Module) -> None:
         self.quantised = tuple(
