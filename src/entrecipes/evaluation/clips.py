@@ -211,8 +211,8 @@ def frechet(real: Tensor, fake: Tensor) -> float:
 def _measure_fvd(pairs: Pairs) -> list[Metric]:
     """The Frechet distance is biased upward by hundreds of clips in thousands of dimensions, the kernel form is not.
 
-    So both are given: `fvd` compares runs of equal counts, `kvd` (0 on average between two draws of one source) says
-    how far apart the sources are.
+    So both are given: `fvd` compares runs of equal counts, `kvd` (0 on average between independent draws of one source)
+    says how far apart the sources are. Clips that nearly equal the real ones of their pairs bring `kvd` below 0.
     """
     video = pairs.fake.video
     real, fake = pairs.real.descriptors, pairs.fake.descriptors
