@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from entrecipes.evaluation.result import Metric
 from entrecipes.report import facts
 from entrecipes.report.assets import draw_assets
+from entrecipes.report.blocks import BlockRun
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
@@ -46,9 +47,12 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     run, metrics = folder.run, facts.metrics(folder)
     pipeline = folder.path / published(run)
     plots = draw_assets(folder)
-    if folder.samples:
+    shown = {"samples": folder.samples[-1][1]} if folder.samples else {}
+    shown |= {"moving": folder.moving} if folder.moving else {}
+    for name, path in shown.items():
         (folder.path / "assets").mkdir(exist_ok=True)
-        plots["samples"] = Path(shutil.copyfile(folder.samples[-1][1], folder.path / "assets" / "samples.png"))
+        plots[name] = Path(shutil.copyfile(path, folder.path / "assets" / f"samples{path.suffix}"))
+    blocks = BlockRun(folder)
     card = ModelCard.from_template(
         _card_data(folder, metrics),
         template_path=str(TEMPLATE),
@@ -64,9 +68,10 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         held_out=facts.held_out_text(folder),
         noise_schedule=facts.noise_schedule_text(folder),
         pruning=pruned(folder),
+        blocks=blocks,
         tables={
             "Data": facts.data_rows(run),
-            "Speed and memory": facts.speed_rows(run),
+            "Speed and memory": facts.speed_rows(run) + blocks.speed_rows(),
             "Seed and versions": facts.environment_rows(run),
         },
         recipe=folder.recipe_text.strip(),

@@ -97,7 +97,7 @@ def noise_schedule_text(folder: RunFolder) -> str:
 def data_rows(run: dict[str, Any]) -> Rows:
     """Name, source, licence and counts of the data."""
     data = run["data"]
-    labels = data.get("label_names")
+    labels = data.get("label_names") or None
     bad = data.get("bad_images")
     return _rows(
         ("Data set", data.get("name")),
@@ -129,6 +129,14 @@ def speed_rows(run: dict[str, Any]) -> Rows:
 def environment_rows(run: dict[str, Any]) -> Rows:
     """Seed and versions."""
     return _rows(("Seed", run.get("seed")), *run["versions"].items())
+
+
+FILM_STRIPS = (
+    "Film strips: the pose maps asked for, below them the real clip with the reference image at its left, then the "
+    "generated clip"
+)
+MOVING = "A clip a row: reference image, pose map, real frame, generated frame"
+"""What the samples of clips show, still and moving."""
 
 
 def number(value: float) -> str:

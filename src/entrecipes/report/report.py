@@ -9,6 +9,7 @@ import jinja2
 
 from entrecipes.report import facts
 from entrecipes.report.assets import draw_assets
+from entrecipes.report.blocks import BlockRun
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
@@ -38,7 +39,9 @@ def write_report(folder: str | Path) -> Path:
         noise_schedule=facts.noise_schedule_text(folder),
         samples=samples[-1:],
         earlier_samples=_spread(samples[:-1], EARLIER_GRIDS),
+        moving=embedded(folder.moving) if folder.moving else None,
         pruning=pruned(folder),
+        blocks=BlockRun(folder),
         plots={name: embedded(path) for name, path in plots.items()},
         events=folder.metrics("start", "event"),
         last=(folder.metrics("train") or [None])[-1],
@@ -63,8 +66,8 @@ def _description(folder: RunFolder) -> str:
 
 
 def embedded(path: Path) -> str:
-    """A PNG as the source of an `<img>`, so that the page needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    """A PNG or GIF as the source of an `<img>`, so that the page needs no other file."""
+    return f"data:image/{path.suffix[1:]};base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _spread(items: list, count: int) -> list:

@@ -78,6 +78,12 @@ class RunFolder:
         paths = sorted(self.path.glob("samples/*.png"), key=lambda path: (path.stem == "final", path.name))
         return [(_image_count(path.stem), path) for path in paths]
 
+    @property
+    def moving(self) -> Path | None:
+        """The newest samples as an animation, which clips have beside the grid."""
+        path = self.samples[-1][1].with_suffix(".gif") if self.samples else None
+        return path if path and path.is_file() else None
+
     @cached_property
     def _records(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
