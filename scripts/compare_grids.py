@@ -79,7 +79,7 @@ class Comparison:
             seed=section.seed + REPETITION * repetition,
             batch_size=section.batch_size,
         )
-        if family.sequences:
+        if family.kind == "sequences":
             found = compare_ngrams(self.real.numpy(), fake.numpy(), self.components.channels, seed=0, origin={})
         else:
             found = compare(
@@ -133,7 +133,7 @@ def main() -> None:
         torch.set_num_threads(recipe.training.cpu_threads)
     device, started = best_device(), time.perf_counter()
     components = load_components(Pipeline(pretrained=args.pipeline))
-    if not recipe.evaluation.metrics and not components.family.sequences:
+    if not recipe.evaluation.metrics and not components.family.kind == "sequences":
         raise UserError("evaluation.metrics: nothing to measure; add evaluation.metrics=[kid]")
     data = open_data(recipe.data, components, device)
     learned, origin = learned_scheduler(args.pipeline, recipe, components, data, device)
