@@ -7,7 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from moving import figures
+from PIL import Image
+from tiny_video import wan, wan_vae
 
+from entrecipes import PoseVideoPipeline
 from entrecipes.cli import main
 from entrecipes.recipe.load import load
 from entrecipes.recipe.schema import Recipe
@@ -24,9 +29,45 @@ def commands(path: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in found]
 
 
-def embedded(recipe: Recipe) -> list[str]:
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn videos with poses, a pixel model of 8 blocks and a latent one as it comes, without condition."""
+    folder = tmp_path_factory.mktemp("people")
+    clips, keypoints = figures(3, 24, size=16)
+    (folder / "videos").mkdir()
+    for i in range(3):
+        frames = [Image.fromarray(frame) for frame in clips[i].permute(1, 2, 3, 0).numpy()]
+        frames[0].save(folder / "videos" / f"{i}.gif", save_all=True, append_images=frames[1:])
+        (folder / "videos" / f"{i}.poses.json").write_text(json.dumps(keypoints[i].tolist()))
+    pixels = wan(num_layers=8)
+    PoseVideoPipeline(pixels, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "pixels")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    latents = wan(num_layers=8, in_channels=4, out_channels=4)
+    WanPipeline(None, None, wan_vae(), scheduler, latents).save_pretrained(folder / "latents")
+    return folder
+
+
+def embedded(recipe: Recipe, people: Path) -> list[str]:
     """What puts data that travels with the package in the place of what would have to be prepared or downloaded."""
     config = "pipeline.build.model.config"
+    if recipe.data.kind == "clips":
+        data = {"type": "video_folder", "path": str(people / "videos"), "image_size": 16, "frames": 5, "frame_step": 1}
+        origin = people / ("latents" if "Wan-AI" in (recipe.pipeline.pretrained or "") else "pixels")
+        features = [
+            "evaluation.features={type: efficientnet_lite0}",
+            "evaluation.video_features={type: frame_statistics}",
+        ]
+        measured = [
+            "evaluation.metrics=[ssim, fvd]",
+            "evaluation.held_out.images=4",
+            "evaluation.held_out.noise_levels=4",
+        ]
+        return [
+            f"data={json.dumps(data | {'held_out': 0.3, 'min_motion': 0})}",
+            *([f"pipeline.pretrained={origin}"] if recipe.pipeline.pretrained else []),
+            *features,
+            *measured,
+        ]
     if recipe.pipeline.pretrained:
         return [*fresh(recipe), "data={type: digits, held_out: 0.1}", "evaluation.features={type: efficientnet_lite0}"]
     if recipe.data.type in ("sequences", "hub_sequences"):
@@ -64,7 +105,7 @@ def narrow(recipe: Recipe) -> list[str]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_header_commands_name_this_recipe_and_dry_run(path, capsys, monkeypatch, tmp_path):
+def test_header_commands_name_this_recipe_and_dry_run(path, people, capsys, monkeypatch, tmp_path):
     """On the embedded digits at the recipe's own size where its data would have to be prepared first; small batches."""
     own = 0
     quick = ["training.batch_size=4", "training.precision=no"]
@@ -76,7 +117,10 @@ def test_header_commands_name_this_recipe_and_dry_run(path, capsys, monkeypatch,
         if loaded.path.resolve() != path.resolve():  # one that makes what this one starts from
             continue
         own += 1
-        assert main(["run", *arguments, *quick, *embedded(loaded.recipe), *narrow(loaded.recipe), "--dry-run"]) == 0
+        assert (
+            main(["run", *arguments, *quick, *embedded(loaded.recipe, people), *narrow(loaded.recipe), "--dry-run"])
+            == 0
+        )
         assert "nothing was written to the run folder" in capsys.readouterr().out
     assert own, "a recipe's header says how to run it"
 
