@@ -34,30 +34,38 @@ def test_the_drop_is_credited_to_the_steps_that_earned_it():
     assert taken == [2, 2, 4, 4, 4, 4, 2, 2], "turned round in the second round"
     assert images == 80, "a whole number of rounds"
     small, large = found.candidates
-    assert small.drop == pytest.approx((10 - 9) + (8.1 - 7.6)) and large.drop == pytest.approx((9 - 8.5) + (8.5 - 8.1))
-    assert small.drop + large.drop == pytest.approx(10 - 7.6), "all of the drop is someone's"
+    assert small.drop == pytest.approx(8.1 - 7.6) and large.drop == pytest.approx(8.5 - 8.1), "but of the first turns"
     assert (small.losses, large.losses) == ([9.0, 7.6], [8.5, 8.1])
-    assert small.efficiency("predicted") == pytest.approx(1.5 / 40)
-    assert large.efficiency("predicted") == pytest.approx(0.9 / 80)
-    assert small.efficiency("measured") == pytest.approx(1.5 / 2) and small.seconds == 2.0
+    assert (small.steps, large.steps) == (2, 2)
+    assert small.efficiency("predicted") == pytest.approx(0.5 / 20)
+    assert large.efficiency("predicted") == pytest.approx(0.4 / 40)
+    assert small.efficiency("measured") == pytest.approx(0.5 / 1) and small.seconds == 1.0
     assert found.best("predicted").m == 2
     rows = found.rows("predicted")
-    assert rows[1]["ce"] == pytest.approx(0.9 / 80) and json.dumps(rows)
+    assert rows[1]["ce"] == pytest.approx(0.4 / 40) and json.dumps(rows)
+
+
+def test_every_turn_after_the_first_counts():
+    found = Comparison(candidates(), loss=10.0, start=0, until=60, burst=1)
+    play(found, [9.0, 8.5, 8.1, 7.6, 7.0, 6.9], {2: 1.0, 4: 1.0})
+    small, large = found.candidates
+    assert small.drop + large.drop == pytest.approx(8.5 - 6.9), "all of the drop since then is someone's"
+    assert small.drop == pytest.approx((8.1 - 7.6) + (7.6 - 7.0))
 
 
 def test_the_clock_decides():
     found = Comparison(candidates(), loss=10.0, start=0, until=20, burst=1)
-    play(found, [9.0, 7.8], {2: 3.0, 4: 1.0})
+    play(found, [12.0, 10.0, 8.8, 7.8], {2: 3.0, 4: 1.0})
     assert found.best("predicted").m == 2, "1 / 10 against 1.2 / 20"
     assert found.best("measured").m == 4, "1 / 3 against 1.2 / 1"
 
 
 def test_equal_ones_stay_small_and_a_rise_counts_against():
     equal = Comparison(candidates(), loss=1.0, start=0, until=20, burst=1)
-    play(equal, [0.75, 0.5], {2: 1.0, 4: 1.0})
+    play(equal, [1.0, 1.0, 0.75, 0.5], {2: 1.0, 4: 1.0})
     assert equal.best("measured").m == 2
     rising = Comparison(candidates(), loss=1.0, start=0, until=20, burst=1)
-    play(rising, [1.2, 1.1], {2: 1.0, 4: 1.0})
+    play(rising, [1.0, 1.0, 0.9, 1.1], {2: 1.0, 4: 1.0})
     assert rising.candidates[0].drop < 0 and rising.best("predicted").m == 4
 
 

@@ -4,7 +4,9 @@ CE(m) is the drop of a fixed held-out loss over the time of the steps that earne
 changes of the loss measured for a candidate; on shared weights that loss is the same network's for all candidates, so
 that a drop has to be credited to the steps between two measurements. Candidates therefore take turns of a few steps,
 with a measurement between turns (where the sources draw the candidate of every step at random), in an order that is
-turned round in every other round: the loss falls faster early in a round than late.
+turned round in every other round: the loss falls faster early in a round than late. The first turn of each counts for
+nothing, as in the published sum, which starts at the second measurement: an adaptive optimizer's first steps with
+weights that have just been opened are large whatever their gradients, and often raise the loss.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ class Candidate:
     predicted: float
     """Predicted cost of a step, in forward passes of a mean block."""
     drop: float = 0.0
-    """Sum of what the loss fell in its turns."""
+    """Sum of what the loss fell in its turns, the first apart."""
     steps: int = 0
+    """In those turns."""
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     """The loss after each of its turns."""
@@ -72,25 +75,28 @@ class Comparison:
     def credit(self, loss: float) -> None:
         """End the turn with the loss measured now."""
         candidate = self.current
-        candidate.drop += self.loss - loss
+        if self.burst and not candidate.losses:
+            candidate.steps, candidate.seconds = 0, 0.0
+        else:
+            candidate.drop += self.loss - loss
         candidate.losses.append(loss)
         if self.burst:
             self.loss = loss
         self.turn, self.taken = self.turn + 1, 0
 
     def over(self, images: int) -> bool:
-        """Whether all have had the same number of turns, and the time is up."""
-        whole_round = self.turn % len(self.candidates) == 0
-        return whole_round and self.turn > 0 and (self.burst is None or images >= self.until)
+        """Whether all have had the same number of turns that count, and the time is up."""
+        rounds, rest = divmod(self.turn, len(self.candidates))
+        return not rest and (rounds >= 2 and images >= self.until if self.burst else rounds == 1)
 
     def best(self, clock: Clock) -> Candidate:
         """The most efficient candidate so far, the smallest of equal ones."""
-        tried = [candidate for candidate in self.candidates if candidate.losses]
-        return max(tried, key=lambda candidate: candidate.efficiency(clock))
+        tried = [candidate for candidate in self.candidates if candidate.steps]
+        return max(tried or self.candidates, key=lambda candidate: candidate.efficiency(clock))
 
     def rows(self, clock: Clock) -> list[dict[str, Any]]:
         """What was found of each candidate, as plain values; `ce` is by the clock that decides."""
-        return [asdict(c) | {"ce": c.efficiency(clock) if c.losses else None} for c in self.candidates]
+        return [asdict(c) | {"ce": c.efficiency(clock) if c.steps else None} for c in self.candidates]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
