@@ -91,8 +91,8 @@ def plot_efficiency(axes: Axes, run: BlockRun, compared: list[Compared]) -> None
             axes.axhline(0, color=INK, linewidth=0.6)
     handles = [*axes.get_legend_handles_labels()[0], Line2D([], [], label="chosen", **CHOSEN)]
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8)
-    unit = {"predicted": "loss fall per predicted cost", "measured": "loss fall per second"}[run.clock]
-    axes.set(title="Convergence efficiency CE(m)", xlabel="open blocks m", ylabel=f"{unit}, relative")
+    unit = {"predicted": "loss fall per cost", "measured": "loss fall per second"}[run.clock]
+    axes.set(title="Convergence efficiency CE(m)", xlabel="open blocks m", ylabel=unit)
     axes.margins(y=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -107,7 +107,7 @@ class BlockRun:
             "How": how != "all" and f"{how}: {entry.summary}" + (f" [{entry.paper}]" if entry.paper else ""),
             "Order": self.ranking and self._order(),
             "Growth": self.progressive and self._growth(),
-            "Weights that blocks depend on": self.progressive and self._inputs(),
+            "Weights that blocks depend on": self.progressive and self.adapter["type"] == "none" and self._inputs(),
             "Adapter": self._adapter(),
             "Phases": self._phases(),
             "Time in training steps": self.progressive and self._time(),
