@@ -25,6 +25,7 @@ from tiny_video import WAN, wan, wan_vae
 from entrecipes import PoseVideoPipeline
 from entrecipes.cli import main
 from entrecipes.data.skeleton import draw_poses
+from entrecipes.diffusion.pipelines import load_pipeline
 from entrecipes.hub import export_shim
 
 MODEL = {"class": "WanTransformer3DModel", "config": {**WAN, "num_layers": 4}}
@@ -204,3 +205,26 @@ def test_a_text_to_video_pipeline_is_trained_on_latents(videos: Path, tmp_path: 
     ):
         assert main(["run", str(tmp_path / "recipe.yaml"), f"training.output={tmp_path / 'no'}", change]) == 2
         assert re.search(message, capsys.readouterr().err), change
+
+
+def test_an_adapter_beside_a_text_to_video_pipeline_loads_by_its_card(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    base = WanPipeline(None, None, wan_vae(), scheduler, wan(in_channels=4, out_channels=4))
+    base.save_pretrained(tmp_path / "wan")
+    adapter = {"type": "lora", "rank": 2, "targets": ["*.to_[qkv]", "patch_embedding"]}
+    sections = {"blocks": {"type": "all", "adapter": adapter}, "optimizer": {"type": "adamw", "learning_rate": 0.01}}
+    run = train(tmp_path, videos, frames=5, pipeline={"pretrained": str(tmp_path / "wan")}, **sections)
+    assert (run / "adapter" / "pipeline.py").exists() and not (run / "pipeline").exists()
+    monkeypatch.chdir(tmp_path)
+    plain: dict[str, Any] = {}
+    exec((run / "README.md").read_text().split("```python\n")[1].split("```")[0], plain)
+    asked = {"num_inference_steps": 2, "output_type": "pt"}
+    condition = torch.randn(1, 8, 2, 2, 2, generator=torch.Generator().manual_seed(3))
+    pipelines = (load_pipeline(str(run)), plain["pipeline"], PoseVideoPipeline.from_pretrained(tmp_path / "wan"))
+    ours, theirs, without = (
+        p(condition=condition, generator=torch.Generator().manual_seed(0), **asked).frames for p in pipelines
+    )
+    assert torch.equal(ours, theirs) and not torch.allclose(ours, without, atol=1e-3)
+    assert main(["generate", str(run), "-n", "1", "--steps", "1", "-o", str(tmp_path / "clip.gif")]) == 0
