@@ -152,7 +152,10 @@ class ProgressiveBlocks:
         self._hold(m)
         clock = self.section.clock
         facts = {"candidates": found.rows(clock), "clock": clock, "loss": found.first_loss}
-        row = self._row(f"opens {m} of {len(self.order)} blocks, the most efficient")
+        why = "the most efficient"
+        if not all(candidate.steps for candidate in found.candidates):
+            why = "not all candidates having had a turn that counts: give stages more images, or lower blocks.burst"
+        row = self._row(f"opens {m} of {len(self.order)} blocks, {why}")
         return row | facts | {"measuring_seconds": self.measuring_seconds}
 
     # -- which blocks -------------------------------------------------------------------------------------------------
