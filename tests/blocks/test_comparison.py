@@ -67,6 +67,9 @@ def test_equal_ones_stay_small_and_a_rise_counts_against():
     rising = Comparison(candidates(), loss=1.0, start=0, until=20, burst=1)
     play(rising, [1.0, 1.0, 0.9, 1.1], {2: 1.0, 4: 1.0})
     assert rising.candidates[0].drop < 0 and rising.best("predicted").m == 4
+    worse = Comparison(candidates(), loss=1.0, start=0, until=20, burst=1)
+    play(worse, [1.0, 1.0, 1.2, 1.4], {2: 1.0, 4: 1.0})
+    assert worse.best("predicted").m == worse.best("measured").m == 2, "the dearer of two rises is not the better"
 
 
 def test_snapshots_are_credited_with_the_whole_drop_since_the_start():

@@ -113,5 +113,5 @@ def test_what_does_not_fit_is_said_before_training(config: dict, data: dict, mes
 
 
 def test_images_for_a_pretrained_sequence_model_are_refused(finished: Path) -> None:
-    with pytest.raises(UserError, match="data.type: digits holds images, but a SequenceTransformer1DModel denoises sequences"):
+    with pytest.raises(UserError, match="digits holds images, but a SequenceTransformer1DModel denoises seq"):
         Run(tiny_recipe(pipeline={"build": None, "pretrained": str(finished)}), None)

@@ -27,6 +27,7 @@ from entrecipes.training.loop import step, train
 from entrecipes.training.publish import save_pipeline
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
+from entrecipes.training.telling import begin
 
 DIT = {**TINY, "config": {**TINY["config"], "num_layers": 3}}
 LORA = {"type": "lora", "rank": 2, "dropout": 0.1}
@@ -219,7 +220,7 @@ def test_ent_prog_on_top_trains_only_the_adapters_of_open_blocks(base, name):
     run = Run(Recipe.model_validate(recipe(base, {}) | {"blocks": blocks}), None)
     before = {key: value.clone() for key, value in run.model.named_parameters()}
     batches = run.batches()
-    run.begin()
+    begin(run)
     for _ in range(2):
         step(run, batches)
     moved = {key for key, value in run.model.named_parameters() if not torch.equal(before[key], value)}

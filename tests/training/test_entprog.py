@@ -16,6 +16,7 @@ from entrecipes.recipe.schema import Recipe
 from entrecipes.training.loop import step, train
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
+from entrecipes.training.telling import begin
 
 DEEP = {**DIT, "config": {**DIT["config"], "num_layers": 6}}
 DRAWS = {"images": 8, "noise_levels": 4}
@@ -133,7 +134,7 @@ def test_adapters_open_by_blocks_and_resume_exactly(tmp_path):
 def test_stages_grow_and_hold_what_is_open(case):
     blocks = CASES[case] | ({"burst": 1} if case in ("published", "ours") else {})
     run = started(opening(blocks, training={"images": 768}))
-    run.begin()
+    begin(run)
     batches, blocks = run.batches(), run.blocks
     names = weight_names(blocks.stack)
     opened: list[tuple[int, set[int]]] = []
@@ -179,7 +180,7 @@ def test_closed_weights_do_not_move_by_one_bit_and_the_average_goes_on():
     """AdamW with weight decay and momentum; the closed ones among the held in turns."""
     recipe = opening({"order": "last_first", "inputs": "never", "supernet": 0.5, "burst": 3}, optimizer=DECAYING)
     run = started(recipe)
-    run.begin()
+    begin(run)
     batches, blocks = run.batches(), run.blocks
     names, moved = weight_names(blocks.stack), set()
     for _ in range(12):
@@ -204,7 +205,7 @@ def test_closed_weights_do_not_move_by_one_bit_and_the_average_goes_on():
 
 def test_no_graph_is_kept_below_the_lowest_open_block():
     run = started(opening({"growth": "none", "largest": 0.34, "order": "last_first", "inputs": "never"}))
-    run.begin()
+    begin(run)
     outputs = []
     for block in run.model.transformer_blocks:
         block.register_forward_hook(lambda module, inputs, output: outputs.append(output.requires_grad))
@@ -224,7 +225,7 @@ def test_snapshots_start_from_the_same_weights_and_the_best_are_kept():
         seen.append(state(run))
 
     object.__setattr__(run.blocks.subject, "restore", watched)
-    run.begin()
+    begin(run)
     start, batches = state(run), run.batches()
     while run.blocks.comparison:
         found = run.blocks.comparison

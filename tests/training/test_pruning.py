@@ -19,6 +19,7 @@ from entrecipes.training.loop import step, train
 from entrecipes.training.publish import publish
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
+from entrecipes.training.telling import begin
 
 DEEP = {**DIT, "config": {**DIT["config"], "num_layers": 6}}
 DRAWS = {"images": 8, "noise_levels": 4}
@@ -94,7 +95,7 @@ def test_resume_over_a_stage_is_exact(tmp_path, case, stop):
 
 def test_a_stage_rebuilds_what_depends_on_the_blocks():
     run = Run(pruned({"type": "linear", "score": "spread", "ratio": 0.34, "stages": 1, "until": 0.3}), None)
-    run.begin()
+    begin(run)
     batches = run.batches()
     for _ in range(2):
         step(run, batches)
@@ -187,7 +188,7 @@ def test_voting_and_scoring_leave_no_trace(measure):
     quiet = pruned({"type": "entpruner", "score": "taylor", "stages": 2, "until": 0.99, "vote": still, "rewarmup": 0})
     plain, waiting = Run(pruned({"type": "none"}), None), Run(quiet, None)
     for run in (plain, waiting):
-        run.begin()
+        begin(run)
         batches = run.batches()
         for _ in range(8):  # over the first stage, not the last
             step(run, batches)

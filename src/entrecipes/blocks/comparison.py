@@ -89,10 +89,20 @@ class Comparison:
         rounds, rest = divmod(self.turn, len(self.candidates))
         return not rest and (rounds >= 2 and images >= self.until if self.burst else rounds == 1)
 
+    @property
+    def compared(self) -> bool:
+        """Whether all candidates have had a turn that counts."""
+        return all(candidate.steps and candidate.losses for candidate in self.candidates)
+
     def best(self, clock: Clock) -> Candidate:
-        """The most efficient candidate so far, the smallest of equal ones."""
-        tried = [candidate for candidate in self.candidates if candidate.steps]
-        return max(tried or self.candidates, key=lambda candidate: candidate.efficiency(clock))
+        """The most efficient candidate, the smallest of equal ones.
+
+        Also the smallest, which opens nothing more, where not all were compared or none lowered the loss: of two that
+        raise it, the formula would prefer the dearer.
+        """
+        if not self.compared or all(candidate.drop <= 0 for candidate in self.candidates):
+            return self.candidates[0]
+        return max(self.candidates, key=lambda candidate: candidate.efficiency(clock))
 
     def rows(self, clock: Clock) -> list[dict[str, Any]]:
         """What was found of each candidate, as plain values; `ce` is by the clock that decides."""

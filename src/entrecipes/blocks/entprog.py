@@ -153,8 +153,10 @@ class ProgressiveBlocks:
         clock = self.section.clock
         facts = {"candidates": found.rows(clock), "clock": clock, "loss": found.first_loss}
         why = "the most efficient"
-        if not all(candidate.steps for candidate in found.candidates):
+        if not found.compared:
             why = "not all candidates having had a turn that counts: give stages more images, or lower blocks.burst"
+        elif all(candidate.drop <= 0 for candidate in found.candidates):
+            why = "since no candidate lowered the loss"
         row = self._row(f"opens {m} of {len(self.order)} blocks, {why}")
         return row | facts | {"measuring_seconds": self.measuring_seconds}
 

@@ -8,18 +8,19 @@ from entrecipes.data.loader import Batch
 from entrecipes.training.optimizer import learning_rate, set_learning_rate
 from entrecipes.training.resume import checkpoint_when_due
 from entrecipes.training.run import Run
+from entrecipes.training.telling import begin, log_when_due, measure_when_due
 
 
 def train(run: Run) -> None:
     """Train until the recipe's images are seen, or the run is asked to stop (it then leaves a checkpoint)."""
-    run.begin()
+    begin(run)
     batches = run.batches()
     while run.images < run.recipe.training.images and not run.stop_requested:
         before = run.images
         step(run, batches)
-        run.log_when_due(before)
+        log_when_due(run, before)
         checkpoint_when_due(run, before)
-        run.measure_when_due(before)
+        measure_when_due(run, before)
 
 
 def step(run: Run, batches: Iterator[Batch]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,18 @@ from entrecipes.diffusion.pipelines import best_device, load_components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
-from entrecipes.evaluation.heldout import HeldOutResult
 from entrecipes.evaluation.scoring import Scoring
 from entrecipes.information.values import value_statistics
 from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
-from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.launched import check_launch
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
 from entrecipes.training.snapshots import restore, snapshot
-from entrecipes.training.tracking import Listener, RunLog, check_trackers, peak_memory_gib
+from entrecipes.training.tracking import Listener, RunLog, check_trackers
 from entrecipes.training.window import Window
 
 logger = logging.getLogger(__name__)
@@ -268,26 +265,6 @@ class Run:
             return True
         return every is not None and self.images // every > before // every
 
-    def log_when_due(self, before: int) -> None:
-        """Write the means over the steps since the last row: the one place where the loop waits for the device."""
-        if not self.due(self.recipe.training.log_every, before):
-            return
-        window, training = self.window, self.recipe.training
-        loss, x0_error, grad_norm = self.accelerator.reduce(window.sums / window.steps, "mean").tolist()
-        self.check_finite(loss)
-        window.stop_clock()
-        values = {
-            "loss": loss,
-            "x0_error": x0_error,
-            "grad_norm": grad_norm if training.clip_grad_norm and math.isfinite(grad_norm) else None,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": window.steps * training.batch_size / window.seconds,
-            "peak_memory_gib": peak_memory_gib(self.device),
-            "seconds": window.total_seconds,
-        }
-        self.log.write("train", self.images, **values)
-        window.clear()
-
     def check_finite(self, loss: float) -> None:
         """Stop a run whose loss (or sum of losses) is no number any more. Raises UserError."""
         if not math.isfinite(loss):
@@ -296,47 +273,6 @@ class Run:
                 "checkpoints are older than that: lower optimizer.learning_rate, or train without fp16, and run again "
                 "to go on from there."
             )
-
-    def begin(self) -> None:
-        """Write down how the run starts, and measure: the untrained model, or what a resumed run had due."""
-        facts = {
-            "world_size": self.world_size,
-            "device": str(self.device),
-            "precision": self.accelerator.mixed_precision,
-        }
-        self.log.write("start", self.images, **facts)
-        if self.images:
-            self.measure_when_due(self.images - self.recipe.training.batch_size)
-            return
-        if self.recipe.evaluation.every:
-            self._log_nats(self.evaluator.nats(self.eval_model))
-        self.window.clear()
-        self.advance_blocks()
-
-    def measure_when_due(self, before: int) -> None:
-        """Held-out nats, sample grid and sample-based metrics of the evaluated weights, each on its own cadence.
-
-        Called after the checkpoint, so that whatever goes wrong here costs no training; a resumed run measures again.
-        """
-        evaluation, training, evaluator = self.recipe.evaluation, self.recipe.training, self.evaluator
-        nats_due, metrics_due = self.due(evaluation.every, before), self.due(evaluation.metrics_every, before)
-        with self.window.paused():
-            nats = evaluator.nats(self.eval_model) if nats_due or metrics_due else {}
-            if nats_due:
-                self._log_nats(nats)
-            if self.folder and self.due(training.sample_every, before):
-                grid = evaluator.grid(self.eval_model)
-                if self.accelerator.is_main_process:
-                    save_grid(grid.pictures, self.grid_path, grid.columns, grid.scale, grid.texts)
-                    if grid.moving is not None:
-                        save_moving(grid.moving, self.grid_path.with_suffix(".gif"), grid.scale)
-            if metrics_due:
-                origin = {"images": self.images, "training_seed": training.seed, "ema": self.ema is not None}
-                for metric in evaluator.metrics(self.eval_model, nats, origin):
-                    self.log.write("metric", self.images, **asdict(metric))
-
-    def _log_nats(self, nats: dict[str, HeldOutResult]) -> None:
-        self.log.write("held_out", self.images, **self.evaluator.nats_row(nats))
 
     @property
     def grid_path(self) -> Path:
