@@ -75,14 +75,16 @@ def frames_of(path: Path) -> list[Image.Image]:
 
 def test_the_card_says_how_plain_diffusers_loads_and_samples(finished: Path, tmp_path: Path) -> None:
     card = (finished / "README.md").read_text()
-    assert "image-to-video" in card and "brings its source along" in card
+    assert "image-to-video" in card and "brings its source along" in card and "show people of the data set" in card
+    assert [path.name for path in (finished / "pipeline" / "example").iterdir()] == ["poses.gif"], "no real person's"
+    Image.new("RGB", (16, 16), "green").save(tmp_path / "person.png")
     snippet = card.split("```python\n")[1].split("```")[0]
     more = """
 from diffusers import WanTransformer3DModel
 
 model = WanTransformer3DModel.from_pretrained(f"{folder}/transformer")
 assert torch.equal(model.proj_out.weight.cpu(), pipeline.transformer.proj_out.weight.cpu())
-torch.save([load_image(f"{example}/reference.png"), load_video(f"{example}/poses.gif"), frames[0]], "sampled.pt")
+torch.save([load_image(person), load_video(f"{example}/poses.gif"), frames[0]], "sampled.pt")
 pipeline.save_pretrained("again")
 """
     code = f'import sys\nsys.modules["entrecipes"] = None\n{snippet}\n{more}'
@@ -218,6 +220,7 @@ def test_an_adapter_beside_a_text_to_video_pipeline_loads_by_its_card(
     run = train(tmp_path, videos, frames=5, pipeline={"pretrained": str(tmp_path / "wan")}, **sections)
     assert (run / "adapter" / "pipeline.py").exists() and not (run / "pipeline").exists()
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16), "green").save("person.png")
     plain: dict[str, Any] = {}
     exec((run / "README.md").read_text().split("```python\n")[1].split("```")[0], plain)
     asked = {"num_inference_steps": 2, "output_type": "pt"}

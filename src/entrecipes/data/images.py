@@ -108,6 +108,7 @@ class ImageSet:
         captions: One text an image, or None.
         keypoints: Clips only: the pose in every frame, float32 [N, F, 13, 3]: x and y in [0, 1], visibility.
         bad_images: Names of unreadable images, left out so far.
+        rendered: Clips only: they show a drawn figure, no real person.
         tensor: uint8 [N, C, H, W] in CPU memory; for a latent set float [N, 2C, h, w] (mean and standard deviation);
             for clips uint8 [N, 3, 2F + 1, H, W]: F frames, then their F pose maps, then a reference image.
         mirrored: Latent sets only: the latents of the mirrored images, same shape.
@@ -124,6 +125,7 @@ class ImageSet:
     labels: Tensor | None = None
     captions: list[str] | None = None
     bad_images: list[str] = field(default_factory=list)
+    rendered: bool = False
     keypoints: Tensor | None = None
     tensor: Tensor | None = None
     mirrored: Tensor | None = None

@@ -63,6 +63,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         own=needs_entrecipes(run),
         own_source=samples_clips(run),
         snippet=snippet(run, repo_id or _shown(pipeline)),
+        shows_people=samples_clips(run) and not run["data"].get("rendered"),
         infonoise=(repo_id or _shown(pipeline)) if (pipeline / "infonoise").is_dir() else None,
         local=repo_id is None,
         held_out=facts.held_out_text(folder),
@@ -91,7 +92,7 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
     """Python that loads the pipeline with diffusers and torch alone and writes `samples.png`.
 
     A pipeline of our own needs entrecipes too, and prints sequences; that of clips brings its source along, and writes
-    `samples.gif` from the example beside it.
+    `samples.gif` from the poses beside it, and the reference there or, where it would show a real person, the user's.
 
     Args:
         run: The facts of `run.json`.
@@ -105,6 +106,8 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
         on_hub = isinstance(folder_or_repo, str) and not Path(place).is_dir()
         example = f"https://huggingface.co/{place}/resolve/main/example" if on_hub else f"{place}/example"
         named = [f'folder = "{place}"', f'example = "{example}"']
+        if not run["data"].get("rendered"):
+            named.append('person = "person.png"  # your picture of the person who is to move')
         target, options = "folder", ", custom_pipeline=folder, trust_remote_code=True"
         imports = [
             "from diffusers import DiffusionPipeline",
@@ -145,7 +148,8 @@ def _arguments(run: dict[str, Any], count: int) -> list[str]:
     pipeline = run["pipeline"]
     labels = [f"class_labels={list(range(count))}"] if pipeline.get("num_classes") else []
     if samples_clips(run):
-        asked = ['load_image(f"{example}/reference.png")', 'load_video(f"{example}/poses.gif")']
+        reference = 'f"{example}/reference.png"' if run["data"].get("rendered") else "person"
+        asked = [f"load_image({reference})", 'load_video(f"{example}/poses.gif")']
     elif pipeline["class"] == "DiTPipeline":
         asked = [*labels, f"guidance_scale={pipeline['guidance_scale']}"]
     else:

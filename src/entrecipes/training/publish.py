@@ -60,6 +60,8 @@ def save_pipeline(run: Run, folder: Path) -> None:
         if run.adapter.published_alone:
             section = run.recipe.pipeline
             run.adapter.publish(run.eval_model, partial, section.pretrained, section.revision, target)
+            if run.components.family.kind == "clips":  # a pipeline brings its source along, an adapter does not
+                shutil.copyfile(inspect.getfile(run.components.family.pipeline_class), partial / "pipeline.py")
         else:
             run.components.pipeline(run.adapter.merged(run.eval_model)).save_pretrained(partial)
         if run.components.family.kind == "clips":
@@ -74,12 +76,12 @@ def save_pipeline(run: Run, folder: Path) -> None:
 
 
 def leave_example(run: Run, folder: Path) -> None:
-    """What the card's snippet needs: a clip's `example/reference.png` and `poses.gif`, and the pipeline's source."""
+    """What the card's snippet needs: a clip's `example/poses.gif`, and its `reference.png` if it shows no real person."""
     clips, _ = run.evaluator.clips(1)
     _, poses, reference = clip_parts(clips)
-    save_grid(reference, folder / "example" / "reference.png", columns=1, scale=1, gap=0)
     save_moving(poses[0].transpose(0, 1), folder / "example" / "poses.gif", scale=1)
-    shutil.copyfile(inspect.getfile(run.components.family.pipeline_class), folder / "pipeline.py")
+    if run.data.images.train.rendered:
+        save_grid(reference, folder / "example" / "reference.png", columns=1, scale=1, gap=0)
 
 
 def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
             "held_out_images": len(run.data.images.held_out or ()),
             "label_names": list(train.label_names or ()) if run.data.num_classes else [],
             "bad_images": train.bad_images,
+            "rendered": getattr(train, "rendered", False),
         },
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
         "pipeline": {
