@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,9 @@ def test_a_video_is_never_on_both_sides() -> None:
     for seed in range(6):
         train, held_out = owners(cut(TEN, section(split_seed=seed)))
         assert not train & held_out and len(train | held_out) == 10 and len(held_out) == 3
+    views = videos(*(replace(one, group=one.name.split("/")[0]) for one in TEN.videos))
+    for seed in range(6):
+        assert owners(cut(views, section(split_seed=seed)))[1] in ({0, 1, 2, 3, 4}, {5, 6, 7, 8, 9}), "a whole motion"
     train, held_out = owners(cut(TEN, section(max_images=20)))
     assert not train & held_out
     whole = cut(TEN, section(max_images=20))

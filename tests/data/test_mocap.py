@@ -177,10 +177,23 @@ def test_from_package_to_clips(wheel: None, capsys: pytest.CaptureFixture[str], 
     assert splits.train.tensor.shape == (6, 3, 9, 16, 16) and splits.held_out.tensor.shape == (6, 3, 9, 16, 16)
     assert splits.train.keypoints.shape == (6, 4, 13, 3) and splits.train.keypoints[..., 2].min() == 1
     assert len(splits.train.bad_images) == 2 and "walk/view0 frames 0 to 4 (too short: 5" in splits.train.bad_images[0]
-    assert clips.load(section).train.fingerprint == splits.train.fingerprint
+    assert clips.load(section).train.fingerprint == splits.train.fingerprint and splits.train.rendered
     assert main(["data", "inspect", "mocap", "-o", str(tmp_path / "strips.png"), "-n", "2"]) == 0
     told = capsys.readouterr().out
     assert "kick/view0: 18 frames, 1 clips" in told and "bad clips  2" in told and (tmp_path / "strips.png").exists()
+
+
+def test_a_folder_is_named_in_place_of_the_set(wheel: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    assert main(["data", "prepare", "mocap", "--size", "16", "--views", "2", "--output", str(folder)]) == 0
+    assert f"type: clips, name: {folder}" in capsys.readouterr().out
+    section = ClipsData(name=str(folder), image_size=16, frames=2, frame_step=1)
+    splits = clips.load(section)
+    assert splits.train.rendered and splits.train.name == "mocap"
+    sides = {len(part.tensor) for part in (splits.train, splits.held_out)}
+    assert sides == {2 * 17, 2 * 4}, "each motion, with both its views, on one side"
+    with pytest.raises(UserError, match=f"--size 32 --output {folder} --force"):
+        clips.load(section.model_copy(update={"image_size": 32}))
 
 
 def test_frames_are_images_too(wheel: None) -> None:

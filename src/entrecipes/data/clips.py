@@ -7,13 +7,14 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 
 from entrecipes.data.images import ImageRows, ImageSet, Splits, check_bad_images, fingerprint, split_indices
-from entrecipes.data.prepared import prepared_table
+from entrecipes.data.prepared import facts, prepared_table
 from entrecipes.data.skeleton import JOINTS, draw_poses
 from entrecipes.data.sources import source as find_source
 from entrecipes.data.tables import Table, in_memory, require_columns
@@ -32,17 +33,23 @@ class Video:
         frames: uint8 [T, 3, S, S].
         numbers: int64 [T], ascending: which frames of the video these are. Where one is left out, no clip runs across.
         keypoints: float32 [T, 13, 3]: x and y in [0, 1] of the square picture, visibility (0 for a missing pose).
+        group: What it shares with other videos, such as the motion that they show from other sides: all of a group are
+            held out or none. None: nothing.
     """
 
     name: str
     frames: np.ndarray
     numbers: np.ndarray
     keypoints: np.ndarray
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Videos:
-    """An opened set, not yet cut: the videos asked for, the names of all, and what could not be used, and why."""
+    """An opened set, not yet cut: the videos asked for, the names of all, and what could not be used, and why.
+
+    `rendered` ones show a drawn figure, no real person.
+    """
 
     name: str
     source: str
@@ -51,6 +58,7 @@ class Videos:
     videos: list[Video]
     names: tuple[str, ...]
     bad: list[str] = field(default_factory=list)
+    rendered: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,18 @@ class Clip:
 
 
 def load(section: ClipsData) -> Splits:
-    """Clips of a set that `entrecipes data prepare` has built; see [`cut`].
+    """Clips of a set that `entrecipes data prepare` has built, by its name or its folder; see [`cut`].
 
     Raises:
         UserError: It holds no videos, is not prepared or drawn smaller, or [`cut`] refuses.
     """
-    if not find_source(section.name).clips:
+    noted = facts(Path(section.name))
+    source = find_source(noted["name"] if noted else section.name)
+    if not source.clips:
         raise UserError(f"data.name: '{section.name}' holds no videos; say data.type: prepared")
     table = prepared_table(section.name, section.image_size)
-    return cut(read_videos(table, section.image_size, wanted(section)), section)
+    whole = read_videos(table, section.image_size, wanted(section))
+    return cut(replace(whole, rendered=source.rendered), section)
 
 
 def wanted(section: VideoData) -> tuple[str, ...]:
@@ -86,6 +97,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def read_videos(table: Table, size: int, patterns: Sequence[str] = ("*",)) -> Videos:
     """The videos in a table with one row a frame: `image`, `video`, `frame`, `keypoints`; decoded frames are cached.
+
+    What stands before the slash in a name (`walk/view0`) is its group: the same motion, or moments.
 
     Raises:
         UserError: Missing columns.
@@ -118,16 +131,16 @@ def read_videos(table: Table, size: int, patterns: Sequence[str] = ("*",)) -> Vi
     for name in dict.fromkeys(names.tolist()):
         at = np.flatnonzero(names[kept] == name)
         at = at[np.argsort(numbers[kept][at])]
-        videos.append(Video(name, frames[at], numbers[kept][at], keypoints[kept][at]))
+        videos.append(Video(name, frames[at], numbers[kept][at], keypoints[kept][at], name.split("/")[0]))
     return Videos(*about, videos, everything, decoded.bad_images)
 
 
 def cut(whole: Videos, section: VideoData) -> Splits:
-    """Cut videos into clips, leave out the bad ones, and hold out whole videos.
+    """Cut videos into clips, leave out the bad ones, and hold out whole groups of videos.
 
     A clip is bad when its video (or the stretch of it without gaps) is too short, a frame lacks a pose, or nothing
     moves in it. Held out are the videos that `section.held_out_videos` names, else a share that `section.split_seed`
-    draws.
+    draws, whole groups of videos (see [`Video`]).
 
     Returns:
         Sets with `tensor` uint8 [N, 3, 2F + 1, S, S] (frames, pose maps, reference image) and `keypoints` float32
@@ -204,20 +217,20 @@ def _check_patterns(whole: Videos, section: VideoData) -> None:
 
 def _split(whole: Videos, clips: list[Clip], section: VideoData) -> tuple[list[int], list[int]]:
     """Positions in `clips` (to train on, held out)."""
-    names = [whole.videos[clip.video].name for clip in clips]
+    owners = [whole.videos[clip.video] for clip in clips]
     if section.held_out_videos is None:
         return split_indices(
             len(clips),
             section.held_out,
             section.split_seed,
-            groups=names,
+            groups=[video.group or video.name for video in owners],
             max_images=section.max_images,
             place=whole.place,
         )
     order = np.sort(np.random.default_rng(section.split_seed).permutation(len(clips))[: section.max_images])
-    held_out = [int(i) for i in order if matches(names[i], section.held_out_videos)]
+    held_out = [int(i) for i in order if matches(owners[i].name, section.held_out_videos)]
     train = sorted(set(order.tolist()) - set(held_out))
-    train = [i for i in train if matches(names[i], section.videos)]
+    train = [i for i in train if matches(owners[i].name, section.videos)]
     if not train:
         raise UserError(f"data.held_out_videos: {whole.place} has no clip left to train on")
     return train, held_out
@@ -225,16 +238,18 @@ def _split(whole: Videos, clips: list[Clip], section: VideoData) -> tuple[list[i
 
 def assemble(whole: Videos, clips: list[Clip], section: VideoData) -> ImageSet:
     """Clips, at least one, as a set in memory; see [`cut`] for its fields."""
-    parts, keypoints = [], []
+    count, size = section.frames, section.image_size
+    tensor = torch.empty(len(clips), 3, 2 * count + 1, size, size, dtype=torch.uint8)
+    places = torch.empty(len(clips), count, len(JOINTS), 3)
     maps: dict[int, np.ndarray] = {}
-    for clip in clips:
+    for clip, pixels, joints in zip(clips, tensor.numpy(), places.numpy(), strict=True):
         video = whole.videos[clip.video]
         if clip.video not in maps:  # clips of a video overlap and come in a row: draw its poses once
-            maps = {clip.video: draw_poses(video.keypoints, section.image_size)}
-        slices = [video.frames[clip.frames], maps[clip.video][clip.frames], video.frames[clip.reference][None]]
-        parts.append(np.concatenate(slices).transpose(1, 0, 2, 3))
-        keypoints.append(video.keypoints[clip.frames])
-    tensor, places = torch.from_numpy(np.stack(parts)), torch.from_numpy(np.stack(keypoints))
+            maps = {clip.video: draw_poses(video.keypoints, size)}
+        pixels[:, :count] = video.frames[clip.frames].transpose(1, 0, 2, 3)
+        pixels[:, count:-1] = maps[clip.video][clip.frames].transpose(1, 0, 2, 3)
+        pixels[:, -1] = video.frames[clip.reference]
+        joints[:] = video.keypoints[clip.frames]
     return ImageSet(
         name=whole.name,
         source=whole.source,
@@ -242,4 +257,5 @@ def assemble(whole: Videos, clips: list[Clip], section: VideoData) -> ImageSet:
         tensor=tensor,
         keypoints=places,
         fingerprint=fingerprint(tensor, places),
+        rendered=whole.rendered,
     )

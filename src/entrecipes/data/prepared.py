@@ -103,14 +103,17 @@ def load(section: PreparedData, *, image_size: int, channels: int) -> Splits:
 
 
 def prepared_table(name: str, image_size: int) -> Table:
-    """A prepared set by its name, which holds images of at least that size.
+    """A prepared set by its name or its folder, which holds images of at least that size.
 
     Raises:
         UserError: It has not been built, or drawn smaller.
     """
-    source, folder = find_source(name), prepared_folder(name)
-    noted = facts(folder)
-    command = f"entrecipes data prepare {name}" + (f" --size {image_size}" if source.any_size else "")
+    there = facts(Path(name))
+    source = find_source(there["name"] if there else name)
+    folder = Path(name) if there else prepared_folder(name)
+    noted = there or facts(folder)
+    command = f"entrecipes data prepare {source.name}" + (f" --size {image_size}" if source.any_size else "")
+    command += f" --output {name}" if there else ""
     if noted is None:
         raise UserError(f"data.name: '{name}' is not prepared on this machine yet: run `{command}`")
     if noted["options"].get("size", image_size) < image_size:

@@ -170,8 +170,9 @@ class VideoData(Data):
     videos: tuple[str, ...] = Field(("*",), min_length=1)
     """Patterns of the names of the videos to train on, such as `walk/*` or `*/view0`."""
     held_out_videos: tuple[str, ...] | None = Field(None, min_length=1)
-    """Patterns of the names of the videos to hold out; null: the share `held_out` of the clips. Either way clips of one
-    video never land on both sides."""
+    """Patterns of the names of the videos to hold out; null: the share `held_out` of the clips, in whole motions (all
+    videos of one name before the slash; of `video_folder`, in whole videos). Either way clips of one video never land
+    on both sides."""
     reference: Literal["outside", "first"] = "outside"
     """The image that shows how the person looks: `outside`, a frame of the same video that is not in the clip (one in
     it where the video has no other), drawn by `split_seed`; `first`, the clip's first frame."""
@@ -190,7 +191,7 @@ class ClipsData(VideoData):
 
     type: Literal["clips"] = "clips"
     name: str = "mocap"
-    """`mocap` or `people`."""
+    """`mocap`, `people`, or a folder that `entrecipes data prepare --output` made."""
 
 
 @register("data", implementation="entrecipes.data.video_folder:load")
