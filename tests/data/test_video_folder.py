@@ -89,6 +89,14 @@ def test_a_crop_that_follows_the_person(folder: Path) -> None:
     assert np.ptp(places[..., 0].mean(2).numpy()) < np.ptp(middle.mean(2).numpy())
 
 
+def test_a_crop_depends_on_which_poses_count(folder: Path) -> None:
+    doubtful = np.array(poses(12))
+    doubtful[6:] = [[[0.5, 0.5, 0.6]]]
+    beside(folder / "good.gif", doubtful.tolist())
+    all_of_them, sure = (load(section(folder, crop="person", min_visibility=v)).train.tensor[0] for v in (0.5, 0.8))
+    assert not np.array_equal(all_of_them, sure), "not what was kept for other settings"
+
+
 def test_squares_stay_inside_the_picture() -> None:
     moving = np.array(poses(40))
     moving[..., 0] = moving[..., 0] * 0.5

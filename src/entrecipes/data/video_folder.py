@@ -122,15 +122,16 @@ def _read(name: str, path: Path, poses: np.ndarray, section: VideoFolderData) ->
     if not path.is_file():
         raise BadVideo(f"named in {METADATA}, but not there")
     status, size = path.stat(), section.image_size
-    key = fingerprint(str(path.resolve()), status.st_size, status.st_mtime_ns, poses, size, section.crop)
+    cut_out = (section.crop, section.min_visibility if section.crop == "person" else None)
+    key = fingerprint(str(path.resolve()), status.st_size, status.st_mtime_ns, poses, size, cut_out)
     cache = home() / "videos" / key
     if not cache.exists():
         frames, keypoints = _cropped(path, poses, section)
         with atomic_folder(cache, keep_existing=True) as scratch:
             np.save(scratch / "frames.npy", frames)
             np.save(scratch / "keypoints.npy", keypoints)
-    frames, keypoints = np.load(cache / "frames.npy"), np.load(cache / "keypoints.npy")
-    return Video(name, frames, np.arange(len(frames)), keypoints)
+    frames = np.load(cache / "frames.npy", mmap_mode="r")  # read as clips are cut from it
+    return Video(name, frames, np.arange(len(frames)), np.load(cache / "keypoints.npy"))
 
 
 def _cropped(path: Path, poses: np.ndarray, section: VideoFolderData) -> tuple[np.ndarray, np.ndarray]:
