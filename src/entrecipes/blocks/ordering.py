@@ -78,4 +78,5 @@ def densest(gains: Sequence[float], costs: CostModel, below: bool, opened: Colle
         above = sorted((b for b in closed if b > lowest), key=lambda b: gains[b] / costs.trained[b], reverse=True)
         bundles += [[lowest, *above[:number]] for number in range(len(above) + 1)]
     found = {tuple(bundle): density(bundle, gains, costs, below, opened) for bundle in bundles}
-    return list(max(found, key=lambda bundle: (round(found[bundle], 12), -len(bundle))))
+    top = max(found.values())
+    return list(max(found, key=lambda bundle: (round(found[bundle] / top, 9), -len(bundle))))

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from entrecipes.blocks.cost import weight_names
 from entrecipes.blocks.measuring import trainable
 from entrecipes.blocks.stack import BlockStack
+from entrecipes.errors import UserError
 
 
 def inputs_and_head(stack: BlockStack, call: Callable[[], Any]) -> tuple[set[str], set[str]]:
@@ -24,6 +25,9 @@ def inputs_and_head(stack: BlockStack, call: Callable[[], Any]) -> tuple[set[str
     Args:
         stack: The model's blocks.
         call: Runs the model once, with gradients where they are on.
+
+    Raises:
+        UserError: When the call switches gradients off.
 
     Returns:
         Names of the weights outside the blocks: inputs, and head.
@@ -39,6 +43,8 @@ def inputs_and_head(stack: BlockStack, call: Callable[[], Any]) -> tuple[set[str
             call()
         given = [leaf for made in calls.values() for leaf in tree_leaves((made.args, made.kwargs))]
         roots = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if outside and not roots:
+            raise UserError("blocks: the loss switches gradients off, so that inputs can't be told; leave out no_grad")
         gradients: tuple[Tensor | None, ...] = (None,) * len(outside)
         if roots and outside:
             ones = [torch.ones_like(root) for root in roots]

@@ -140,6 +140,8 @@ def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
         "speed": f"{estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training",
     }.items():
         print(f"{what:12} {value}")
+    for what in estimate.beginnings:
+        print(f"begins       {what}; speed and memory are of that")
     if estimate.pruning:
         print(f"pruning      {estimate.pruning}")
     for plan in estimate.evaluations:

@@ -184,6 +184,10 @@ class WanVideo(Family):
     def null_label(self, model: ModelMixin) -> int | None:
         return 0
 
+    def blind_layer(self, model: ModelMixin) -> str | None:
+        weights = model.patch_embedding.weight[:, model.config.out_channels :]
+        return None if weights.any() else "patch_embedding"
+
     def channels(self, model: ModelMixin) -> int:
         return model.config.out_channels
 

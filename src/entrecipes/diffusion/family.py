@@ -83,6 +83,10 @@ class Family(ABC):
         pipeline has no guidance."""
         return None
 
+    def blind_layer(self, model: ModelMixin) -> str | None:
+        """The layer whose weights for the condition are all zero yet, so that it must be trained; None: none is."""
+        return None
+
     def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
         """Adjust a fresh or loaded model to our trainer; nothing by default."""
 

@@ -60,9 +60,9 @@ class HoldOut(Section):
     One measurement is as many forward passes as images x noise levels, and there is one after every burst.
     """
 
-    images: int = Field(32, ge=1)
+    images: int = Field(16, ge=1)
     """Held-out images."""
-    noise_levels: int = Field(8, ge=2)
+    noise_levels: int = Field(4, ge=2)
     """Noise levels, even in log sigma, weighted as training draws them."""
     seed: int = Field(0, ge=0)
     """Seed of the images and the noise."""

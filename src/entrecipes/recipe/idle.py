@@ -41,6 +41,8 @@ def _blocks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     if blocks.order != "cost_aware":
         yield "blocks.score", f"with order: {blocks.order}"
+    elif blocks.inputs == "always" and blocks.adapter.type not in ("lora", "qlora"):
+        yield "blocks.order", "with inputs: always, where gradients pass all blocks anyway; set inputs: never"
     if blocks.measured is None:
         yield "blocks.draws", f"with order: {blocks.order}"
         yield "blocks.rerank", f"with order: {blocks.order}"

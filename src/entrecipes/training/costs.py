@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,9 +16,9 @@ from torch.optim import Optimizer
 class StepCosts:
     """Watches the first step with each trained set; on all others it costs a walk over the parameters.
 
-    Saved activations are the bytes of all distinct storages that autograd keeps for the backward pass, weights apart
-    (copies of weights in another precision count: they are held as long). A gradient-accumulating step counts its
-    largest forward pass.
+    Saved activations are the bytes of all distinct storages that autograd holds at once for the backward pass, weights
+    apart (copies of weights in another precision count: they are held as long). With gradient checkpointing, what the
+    block that is being recomputed saves comes on top. A gradient-accumulating step counts its largest pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,17 +42,10 @@ class StepCosts:
             return
         self.seen.add(trained)
         weights = {weight.untyped_storage().data_ptr() for weight in self.model.parameters()}
-        held: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tally = _Tally(weights)
+        with torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda kept: kept.tensor):
             yield
-        saved = max(sum(held.values()), self.row["saved_bytes"] if self.row else 0)
+        saved = max(tally.most, self.row["saved_bytes"] if self.row else 0)
         gradients = sum(weight.grad.nbytes for weight in focused if weight.grad is not None)
         self.row = {"trained_parameters": trained, "saved_bytes": saved, "gradient_bytes": gradients}
 
@@ -60,6 +55,36 @@ class StepCosts:
             return None
         row, self.row = self.row, None
         return row | {"optimizer_bytes": state_bytes(optimizer.state.values())}
+
+
+class _Kept:
+    """A tensor that autograd holds; it goes when autograd lets go of it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Tally:
+    """Bytes of the distinct storages that are held now, and the most that ever were."""
+
+    def __init__(self, apart: set[int]) -> None:
+        """Args: storages at these addresses are not counted."""
+        self.apart, self.holders = apart, Counter()
+        self.now = self.most = 0
+
+    def keep(self, tensor: Tensor) -> _Kept:
+        """Count a tensor until it is let go (a frozen checkpointed block's input is at once)."""
+        kept, storage = _Kept(tensor), tensor.untyped_storage()
+        if storage.data_ptr() not in self.apart:
+            self._add(storage.data_ptr(), storage.nbytes(), 1)
+            weakref.finalize(kept, self._add, storage.data_ptr(), storage.nbytes(), -1)
+        return kept
+
+    def _add(self, address: int, size: int, by: int) -> None:
+        before = self.holders[address] > 0
+        self.holders[address] += by
+        self.now += size * ((self.holders[address] > 0) - before)
+        self.most = max(self.most, self.now)
 
 
 def state_bytes(states: Iterable[dict[str, Any]]) -> int:

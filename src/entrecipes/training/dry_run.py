@@ -32,6 +32,8 @@ class Estimate:
     """What would be measured, and how often."""
     pruning: str
     """Which blocks would be removed, and when; empty for none. The speed is that before any goes."""
+    beginnings: list[str]
+    """How the curriculum and the block schedule begin, where they change: the speed and the memory are of that."""
     world_size: int
     train_images: int
     held_out_images: int
@@ -45,8 +47,8 @@ def dry_run(recipe: Recipe) -> Estimate:
     """
     run = Run(recipe, folder=None)
     batches = run.batches()
-    if run.blocks.advance(0):
-        run.wrap()
+    beginnings = [row["what"] for row in run.curriculum.advance(0) + run.blocks.advance(0)]
+    run.wrap()
     run.blocks.focus()
     step(run, batches)
     started = time.perf_counter()
@@ -67,6 +69,7 @@ def dry_run(recipe: Recipe) -> Estimate:
         training_seconds=recipe.training.images / rate,
         evaluations=planned(recipe),
         pruning=run.pruner.plan,
+        beginnings=beginnings,
         world_size=run.world_size,
         train_images=len(run.data.train),
         held_out_images=len(run.data.held_out or ()),

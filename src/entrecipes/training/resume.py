@@ -149,12 +149,16 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             f"{path}: already trained to image {images}, with other settings ({_said(changes)}). Go on with a larger "
             "training.images, or start anew with another training.output or training.resume=never."
         )
-    decays = recipe.optimizer.schedule.decay in ("cosine", "linear")  # whose end is the run's, as pruning's stages are
+    lasting = (  # what is a function of the run's length
+        recipe.optimizer.schedule.decay in ("cosine", "linear")
+        or recipe.prune.type not in ("none", "written")
+        or recipe.blocks.type == "entprog"
+    )
     notices = [
         f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "
         "so it will not repeat an uninterrupted one bit for bit"
         for key, old, new in changes
-        if key != "training.images" or decays or recipe.prune.type not in ("none", "written")
+        if key != "training.images" or lasting
     ]
     before = state["run"]["world_size"]
     if before != world_size:

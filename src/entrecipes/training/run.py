@@ -105,7 +105,7 @@ class Run:
         self.log = RunLog(folder, self.accelerator, listener)
         shard = Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
-        self.evaluator.check(self.eval_model)
+        self.evaluator.check(self.eval_model, self.accelerator.main_process_first)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
         kind = "latents" if self.space.latent else self.components.family.kind
         self.curriculum = build("curriculum", recipe.curriculum, model=self.model, kind=kind)
@@ -113,6 +113,7 @@ class Run:
         subject = self.subject()
         self.pruner = build("prune", recipe.prune, subject=subject)
         self.blocks = build("blocks", recipe.blocks, subject=subject)
+        self._check_condition_is_learned()
         self.wrap()
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -155,6 +156,19 @@ class Run:
         if training.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.train()
+
+    def _check_condition_is_learned(self) -> None:
+        """Refuse a layer that knows nothing of the condition yet and is never trained. Raises UserError."""
+        layer = self.components.family.blind_layer(self.model)
+        if layer is None:
+            return
+        names = [name for name, _ in self.model.named_parameters() if name.startswith(f"{layer}.")]
+        trained = [name for name in names if not name.endswith("bias") and self.adapter.eligible(name)]
+        if not trained or getattr(self.recipe.blocks, "inputs", "always") == "never":
+            raise UserError(
+                f"blocks: {layer} does not read the poses yet (its weights for them are 0) and would not be trained; "
+                f"set blocks.inputs: always, take adapter difffit, or name '{layer}' in blocks.adapter.targets, too"
+            )
 
     def wrap(self) -> None:
         """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
