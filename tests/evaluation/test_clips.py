@@ -127,6 +127,16 @@ def test_what_is_known_of_the_real_clips_is_kept(real):
     calls = extractor.calls
     again = compare_clips(["fvd", "fid"], extractor, real, noisy(real), video=video, real_fingerprint="figures")
     assert again == first and calls == 2 and extractor.calls == 3
+    video.version = "of other weights"
+    compare_clips(["fvd", "fid"], extractor, real, noisy(real), video=video, real_fingerprint="figures")
+    assert extractor.calls == 5
+
+
+def test_how_many_frames_go_at_a_time_changes_nothing(real):
+    asked = (["ssim", "psnr"], Shares(), real, noisy(real))
+    together, apart = (compare_clips(*asked, batch_size=size) for size in (250, 7))
+    for one, other in zip(together, apart, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-6) and one.spread == pytest.approx(other.spread, rel=1e-4)
 
 
 def test_frechet_is_the_closed_formula_in_few_and_in_many_dimensions():

@@ -104,7 +104,8 @@ def test_errors_are_in_extents_of_the_visible_figure():
     keypoints[0, :, 0] = torch.tensor([0.5, 0.1, 1.0])
     keypoints[0, 0, 1] = torch.tensor([0.5, 0.9, 1.0])  # extent 0.8 in the first frame
     keypoints[0, 1, 1] = torch.tensor([0.6, 0.1, 1.0])
-    keypoints[0, :, 2] = torch.tensor([5.0, 5.0, 0.2])  # not visible: counts for nothing
+    keypoints[0, :, 2] = torch.tensor([0.0, 0.0, 0.2])  # not visible: counts for nothing
+    keypoints[0, :, 3] = torch.tensor([0.5, 1.2, 1.0])  # outside the frame: nor does it
     detected = keypoints[..., :2].clone()
     detected[0, 0, 0, 0] += 0.08
     detected[0, 1, 1, 1] += 0.24

@@ -125,7 +125,7 @@ def compare_clips(
             f"compared; give at least {LEAST_CLIPS} pairs of one shape [N, 3, F, H, W]"
         )
     known = _REAL.setdefault(extractor, {}) if real_fingerprint else {}
-    key = f"{real_fingerprint}-{video.tag if video else None}"
+    key = f"{real_fingerprint}-{video and (video.tag, video.version)}"
     if key not in known:
         known[key] = ClipSide(real, extractor, video, batch_size)
     about = {**(origin or {}), "samples": len(fake), "frames": fake.shape[2], "size": fake.shape[-1]}
@@ -136,17 +136,23 @@ def compare_clips(
     return [metric for name in metrics for metric in found[name]]
 
 
+def _in_parts(pairs: Pairs, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`measure(generated, real)` of frames as floats [n, 3, H, W], some at a time, as one value a clip [N]."""
+    parts = zip(*(side.frames.split(pairs.fake.batch_size) for side in (pairs.fake, pairs.real)), strict=True)
+    return pairs.by_clip(torch.cat([measure(fake.float(), real.float()) for fake, real in parts]))
+
+
 def _measure_ssim(pairs: Pairs) -> list[Metric]:
     ssim = torchmetrics_image("ssim").StructuralSimilarityIndexMeasure(data_range=255.0, reduction="none")
-    values = ssim(pairs.fake.frames.float(), pairs.real.frames.float())
     version = package_version("torchmetrics")
-    return [pairs.metric("ssim", "", pairs.by_clip(values), higher_is_better=True, torchmetrics=version)]
+    return [pairs.metric("ssim", "", _in_parts(pairs, ssim), higher_is_better=True, torchmetrics=version)]
 
 
 def _measure_psnr(pairs: Pairs) -> list[Metric]:
-    squared = (pairs.fake.frames.float() - pairs.real.frames.float()).square().mean((1, 2, 3))
-    decibels = (10 * torch.log10(255.0**2 / squared)).clamp(max=PSNR_CAP)
-    return [pairs.metric("psnr", "", pairs.by_clip(decibels), higher_is_better=True, cap=PSNR_CAP)]
+    def decibels(fake: Tensor, real: Tensor) -> Tensor:
+        return (10 * torch.log10(255.0**2 / (fake - real).square().mean((1, 2, 3)))).clamp(max=PSNR_CAP)
+
+    return [pairs.metric("psnr", "", _in_parts(pairs, decibels), higher_is_better=True, cap=PSNR_CAP)]
 
 
 def _measure_perceptual(pairs: Pairs) -> list[Metric]:

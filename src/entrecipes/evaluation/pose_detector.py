@@ -25,7 +25,7 @@ from entrecipes.evaluation.result import Metric, metric_name
 from entrecipes.recipe.evaluation import PoseDetection
 
 TAG = "heatmaps"
-VERSION = 2
+VERSION = 3
 """Of the network and its training; part of the cache's name."""
 LARGEST_SIDE = 64
 """Larger frames are made so large first."""
@@ -180,8 +180,8 @@ def _trained(section: PoseDetection, clips: Tensor, keypoints: Tensor, device: t
         logits, joints = network(_worn(frames, generator).to(device)), joints.to(device)
         targets = _targets(joints, *logits.shape[-2:])
         losses = -(targets * logits.flatten(2).log_softmax(2)).sum(2)
-        seen = joints[..., 2] >= VISIBLE
-        loss = (losses * seen).sum() / seen.sum().clamp(min=1)
+        counted = seen(joints)
+        loss = (losses * counted).sum() / counted.sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -240,10 +240,16 @@ def _detected(detector: PoseDetector, clips: Tensor) -> Tensor:
     return detector(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clips), -1))
 
 
-def pose_errors(detected: Tensor, keypoints: Tensor) -> tuple[Tensor, Tensor]:
-    """How far detected joints are from those asked for, over the visible ones.
+def seen(keypoints: Tensor) -> Tensor:
+    """Which joints [..., 3] are visible and inside the frame, where alone a detector can find them: bool [...]."""
+    places = keypoints[..., :2]
+    return (keypoints[..., 2] >= VISIBLE) & ((places >= 0) & (places <= 1)).all(-1)
 
-    The unit is the figure's extent: the longer side of the box around its visible joints, in the frame of the clip
+
+def pose_errors(detected: Tensor, keypoints: Tensor) -> tuple[Tensor, Tensor]:
+    """How far detected joints are from those asked for, over the visible ones inside the frame (see [`seen`]).
+
+    The unit is the figure's extent: the longer side of the box around those joints, in the frame of the clip
     where that is longest (so that a figure that rolls up has no other unit than the same figure standing).
 
     Args:
@@ -253,13 +259,13 @@ def pose_errors(detected: Tensor, keypoints: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean distance in extents, and share of joints within a tenth of it, of each clip [N].
     """
-    seen, asked = keypoints[..., 2] >= VISIBLE, keypoints[..., :2].nan_to_num()
-    low = asked.masked_fill(~seen[..., None], torch.inf).amin(2)
-    high = asked.masked_fill(~seen[..., None], -torch.inf).amax(2)
+    counted, asked = seen(keypoints), keypoints[..., :2].nan_to_num()
+    low = asked.masked_fill(~counted[..., None], torch.inf).amin(2)
+    high = asked.masked_fill(~counted[..., None], -torch.inf).amax(2)
     extent = (high - low).amax((1, 2)).clamp(min=1e-3)
     distances = (detected - asked).norm(dim=-1) / extent[:, None, None]
-    count = seen.sum((1, 2)).clamp(min=1)
-    return (distances * seen).sum((1, 2)) / count, ((distances <= PCK_REACH) & seen).sum((1, 2)) / count
+    count = counted.sum((1, 2)).clamp(min=1)
+    return (distances * counted).sum((1, 2)) / count, ((distances <= PCK_REACH) & counted).sum((1, 2)) / count
 
 
 def pose_metrics(detector: PoseDetector, fake: Tensor, keypoints: Tensor, origin: Origin) -> list[Metric]:
@@ -276,7 +282,7 @@ def pose_metrics(detector: PoseDetector, fake: Tensor, keypoints: Tensor, origin
         **origin,
         **detector.about,
         "unit": "extents of the figure",
-        "visible_joints": int((keypoints[..., 2] >= VISIBLE).sum()),
+        "visible_joints": int(seen(keypoints).sum()),
         "spread": "standard deviation over clips",
     }
     floor = {key: value for key, value in about.items() if key != "spread"} | {"samples": about["floor_clips"]}
