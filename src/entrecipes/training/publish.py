@@ -76,7 +76,7 @@ def save_pipeline(run: Run, folder: Path) -> None:
 
 
 def leave_example(run: Run, folder: Path) -> None:
-    """What the card's snippet needs: a clip's `example/poses.gif`, and its `reference.png` if it shows no real person."""
+    """What the card's snippet needs: a clip's `example/poses.gif`, and, of a drawn figure only, its `reference.png`."""
     clips, _ = run.evaluator.clips(1)
     _, poses, reference = clip_parts(clips)
     save_moving(poses[0].transpose(0, 1), folder / "example" / "poses.gif", scale=1)
