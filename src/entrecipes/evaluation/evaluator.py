@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -72,8 +72,14 @@ class Evaluator:
             found["detector"] = pose_detector(section.pose, images.train, images.held_out, self.device)
         return found
 
-    def check(self, model: ModelMixin) -> None:
+    def check(
+        self, model: ModelMixin, in_turn: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    ) -> None:
         """Sample two images as `evaluation:` says but in one step, and load the feature extractor, before any training.
+
+        Args:
+            model: The weights to try.
+            in_turn: Context in which one process makes what the others then find in the cache, the pose detector.
 
         Raises:
             UserError: For a model, scheduler or extractor that training would only stumble over at its end.
@@ -103,7 +109,8 @@ class Evaluator:
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
             )
         if section.metrics and family.kind != "sequences":
-            _ = self.extractor, self.judges
+            with in_turn():
+                _ = self.extractor, self.judges
 
     # -- denoising --------------------------------------------------------------------------------------------------
 
