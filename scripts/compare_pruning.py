@@ -28,10 +28,10 @@ import torch
 
 from entrecipes.blocks.scores import SCORES, spearman
 from entrecipes.blocks.stack import BlockStack
-from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError
 from entrecipes.evaluation.heldout import HeldOutResult
 from entrecipes.evaluation.scoring import Scoring, level_shares
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
 from entrecipes.recipe.prune import UNMEASURED, Draws

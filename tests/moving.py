@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entrecipes.data.images import ImageSet, fingerprint
+from entrecipes.data.images import ImageSet
 from entrecipes.data.skeleton import draw_poses
+from entrecipes.fingerprint import fingerprint
 
 STANDING = np.array(
     [[0, -8], [-2, -5], [2, -5], [-3, -2], [3, -2], [-4, 1], [4, 1], [-1.5, 1], [1.5, 1],

@@ -9,8 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from entrecipes.data.digits import load
-from entrecipes.data.images import fingerprint, fit_image, split_indices
+from entrecipes.data.images import fit_image, split_indices
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import DigitsData
 
 

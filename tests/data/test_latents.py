@@ -12,11 +12,12 @@ from tiny_video import wan, wan_vae
 from entrecipes import PoseVideoPipeline
 from entrecipes.data.digits import load
 from entrecipes.data.folder import load as load_folder
-from entrecipes.data.images import ImageSet, fingerprint
+from entrecipes.data.images import ImageSet
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.loader import batches
 from entrecipes.diffusion.space import LatentClipSpace
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import DigitsData, FolderData
 
 

@@ -18,8 +18,8 @@ from diffusers import ModelMixin
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError, nearest
+from entrecipes.fingerprint import fingerprint
 from entrecipes.information.nats import gate, integrate_nats
 
 SCORES = {

@@ -13,12 +13,13 @@ import datasets
 import numpy as np
 import torch
 
-from entrecipes.data.images import ImageRows, ImageSet, Splits, check_bad_images, fingerprint, split_indices
+from entrecipes.data.images import ImageRows, ImageSet, Splits, check_bad_images, split_indices
 from entrecipes.data.prepared import facts, prepared_table
 from entrecipes.data.skeleton import JOINTS, draw_poses
 from entrecipes.data.sources import source as find_source
 from entrecipes.data.tables import Table, in_memory, require_columns
 from entrecipes.errors import UserError, nearest
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import ClipsData, VideoData
 
 logger = logging.getLogger(__name__)

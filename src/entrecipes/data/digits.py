@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from entrecipes.data.images import ImageSet, Splits, fingerprint, fit_image, split_indices
+from entrecipes.data.images import ImageSet, Splits, fit_image, split_indices
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import DigitsData
 
 SOURCE = "1,797 handwritten digits, 8x8 pixels, 17 grey levels: the UCI optical recognition test set in scikit-learn."

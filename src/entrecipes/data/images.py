@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,22 +183,6 @@ class Splits:
 
     train: Any
     held_out: ImageSet | None
-
-
-def fingerprint(*parts: Any) -> str:
-    """128-bit hex hash of tensors, arrays (content, shape, dtype) and anything whose repr tells it apart."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu()
-            part = (part.view(torch.int16) if part.dtype == torch.bfloat16 else part).numpy()
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).data)
-        else:
-            digest.update(repr(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def split_indices(

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from entrecipes.data.images import BadImage, ImageSet, check_bad_images, fingerprint
+from entrecipes.data.images import BadImage, ImageSet, check_bad_images
 from entrecipes.data.places import atomic_folder, home
 from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 

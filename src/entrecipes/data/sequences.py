@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from entrecipes.data.images import ImageSet, Splits, fingerprint, split_indices
+from entrecipes.data.images import ImageSet, Splits, split_indices
 from entrecipes.data.prepared import facts, prepared_folder, read_prepared
 from entrecipes.data.sources import source as find_source
 from entrecipes.data.sources.sequences import TEXT, plain_text
 from entrecipes.data.tables import label_names, labels_of, require_columns
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import SequenceData, WindowData
 
 EMBEDDED = "pride"

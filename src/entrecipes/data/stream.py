@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entrecipes.data.images import BadImage, ImageSet, Splits, check_bad_images, decode_cell, fingerprint
+from entrecipes.data.images import BadImage, ImageSet, Splits, check_bad_images, decode_cell
 from entrecipes.data.tables import Table, open_table, require_columns
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import HubData
 
 MAX_HELD_OUT = 1000

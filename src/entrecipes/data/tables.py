@@ -23,11 +23,11 @@ from entrecipes.data.images import (
     Splits,
     check_bad_images,
     decode_cell,
-    fingerprint,
     split_indices,
 )
 from entrecipes.data.places import atomic_folder, home
 from entrecipes.errors import UserError, nearest
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import DecodedImageData
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from entrecipes.data.clips import Video, Videos, cut, matches, wanted
-from entrecipes.data.images import Splits, fingerprint
+from entrecipes.data.images import Splits
 from entrecipes.data.places import atomic_folder, home
 from entrecipes.data.skeleton import JOINTS, joints
 from entrecipes.data.video_files import (
@@ -23,6 +23,7 @@ from entrecipes.data.video_files import (
     read_video,
 )
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.data import VideoFolderData
 
 logger = logging.getLogger(__name__)

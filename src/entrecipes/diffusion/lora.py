@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from entrecipes.data.images import fingerprint
 from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
 
 NAME = "default"
 """Of the adapter in the model; peft's and diffusers' own default."""

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from entrecipes.data.images import ImageSet, fingerprint
+from entrecipes.data.images import ImageSet
 from entrecipes.data.places import atomic_folder, home
 from entrecipes.data.skeleton import JOINTS
 from entrecipes.errors import UserError
 from entrecipes.evaluation.metrics import Origin
 from entrecipes.evaluation.result import Metric, metric_name
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.evaluation import PoseDetection
 
 TAG = "heatmaps"

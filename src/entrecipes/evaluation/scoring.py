@@ -12,7 +12,7 @@ from torch import Tensor
 from entrecipes.blocks.measuring import Draw, measure_blocks
 from entrecipes.blocks.scores import BlockScores, model_fingerprint
 from entrecipes.blocks.stack import BlockStack
-from entrecipes.data.images import ImageSet, fingerprint
+from entrecipes.data.images import ImageSet
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.families import Family, family_of_pipeline
 from entrecipes.diffusion.objective import Objective
@@ -22,6 +22,7 @@ from entrecipes.evaluation.drawing import draw_x0
 from entrecipes.evaluation.evaluator import evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.profiling import seconds_of_one_batch
+from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.blocks import HoldOut
 from entrecipes.recipe.prune import Draws
 
