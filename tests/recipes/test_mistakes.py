@@ -83,6 +83,14 @@ def test_broken_data_folders(run, tmp_path, name):
     assert not (tmp_path / "out").exists(), "nothing may be left behind"
 
 
+def test_clips_are_not_measured_on_trained_poses_unasked(run):
+    clips, said = {"type": "video_folder", "path": "videos", "image_size": 16}, "evaluation.reference: by default"
+    code, error = run(data=clips, evaluation={"metrics": ["ssim"]})
+    assert code == 2 and said in error and "set held_out" in error
+    for choice in ({"metrics": ["ssim"], "reference": "train"}, {"metrics": ["ssim"], "reference": "held_out"}, {}):
+        assert said not in run(data=clips, evaluation=choice)[1]
+
+
 CHECKPOINTS = {
     "cut short": (lambda path: (path / "model.safetensors").write_bytes(b"short"), "damaged"),
     "file gone": (lambda path: (path / "ema.safetensors").unlink(), "missing"),

@@ -134,7 +134,7 @@ class Evaluation(Section):
     samples: PositiveCount = 1000
     """Images generated for the metrics; of clips at most as many as the reference has, one for each."""
     reference: Literal["train", "held_out"] = "train"
-    """Real images to compare with."""
+    """Real images to compare with; of clips their poses are also what is asked for, and the key must be set."""
     reference_samples: PositiveCount | None = None
     """Real images used (null: as many as generated, at most all)."""
     steps: int = Field(20, ge=1)

@@ -107,6 +107,12 @@ class Recipe(Section):
             for name in self.evaluation.metrics
             if name not in allowed
         ]
+        measured = kind == "clips" and self.evaluation.metrics and not problems
+        if measured and self.data.held_out and "reference" not in self.evaluation.model_fields_set:
+            problems.append(
+                "evaluation.reference: by default generated clips have the poses of clips that were trained on; set "
+                "held_out (or train, if that is meant)"
+            )
         model = build and build.model.class_name
         if build and _KIND_OF_MODEL.get(model, "images") != kind:
             fit = next((name for name, of in _KIND_OF_MODEL.items() if of == kind), "another model")
