@@ -80,6 +80,8 @@ def test_a_text_to_video_pipeline_starts_as_what_it_is(base):
     assert parts.path.name == "flow" and type(parts.scheduler) is UniPCMultistepScheduler
     assert parts.model.config.in_channels == 12 and type(parts.vae) is AutoencoderKLWan
     assert not any(parameter.requires_grad for parameter in parts.vae.parameters())
+    assert parts.family.blind_layer(parts.model) == "patch_embedding"
+    assert parts.family.blind_layer(wan(in_channels=12, out_channels=4)) is None
     x, condition, time = torch.randn(2, 4, 2, 2, 2), torch.randn(2, 8, 2, 2, 2), torch.tensor([900.0, 30.0])
     found = parts.family.predict(parts.model, x, time, condition)
     old = wan(in_channels=4, out_channels=4)(x, time, torch.zeros(2, 1, 8)).sample

@@ -397,6 +397,10 @@ IDLE = {
         "blocks.stages.1: has no effect when it starts after the run's 50000 images",
     ),
     "score": ("blocks: {type: entprog, score: bi}\n", "blocks.score: has no effect with order: cei"),
+    "order": (
+        "blocks: {type: entprog, order: cost_aware}\n",
+        "blocks.order: has no effect with inputs: always, where gradients pass all blocks anyway; set inputs: never",
+    ),
     "gate": (
         "blocks: {type: entprog, draws: {gate_pivot: 1}}\n",
         "blocks.draws.gate_pivot: has no effect with the score cei",

@@ -125,6 +125,16 @@ def test_header_commands_name_this_recipe_and_dry_run(path, people, capsys, monk
     assert own, "a recipe's header says how to run it"
 
 
+@pytest.mark.parametrize("blocks", ["{type: all, adapter: {type: lora}}", "{type: entprog, inputs: never}"])
+def test_a_condition_that_would_never_be_learned_is_refused(people: Path, blocks: str, capsys, monkeypatch) -> None:
+    """A text-to-video model's first layer, widened, does not read it yet."""
+    monkeypatch.chdir(ROOT)
+    recipe = load("entprog/wan_1.3b_full").recipe
+    quick = ["training.batch_size=4", "training.precision=no", *embedded(recipe, people)]
+    assert main(["run", "entprog/wan_1.3b_full", *quick, f"blocks={blocks}", "--dry-run"]) == 2
+    assert "patch_embedding does not read the poses yet" in capsys.readouterr().err
+
+
 def test_all_recipes_validate_and_are_counted(capsys):
     assert main(["validate", str(ROOT / "recipes")]) == 0
     assert f"{len(RECIPES)} recipes" in capsys.readouterr().out

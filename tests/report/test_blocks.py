@@ -225,6 +225,17 @@ def test_written_stages_phases_and_adapters_are_told(run_folder: Path) -> None:
     assert told.endswith("adapter/weights.safetensors has 1 MiB")
 
 
+def test_a_share_of_the_blocks_from_the_start_is_told(run_folder: Path) -> None:
+    """The resolved recipe leaves out the keys of comparisons, which never happen."""
+    keys = {"type": "entprog", "order": "cost_aware", "score": "information", "growth": "none", "inputs": "never"}
+    row = {"what": "stage 1 of 1: trains 2 of 4 blocks", "stage": 0, "open": [2, 3], "m": 2, "blocks": 4, "floor": 2}
+    row |= {"predicted_cost": 8.0, "predicted_speed_up": 1.5, "predicted_activations": 0.5, "order": [3, 2, 1, 0]}
+    row |= {"score": "information", "scores": [1.0, 2.0, 3.0, 4.0], "scoring_seconds": 0.1}
+    begun = {"kind": "event", "images": 0, "seconds": 0.0, **row}
+    run = write(run_folder, [begun, costs(50, 40, 3), logged(1000, 40.0)], blocks=keys)
+    assert dict(run.rows())["Growth"].startswith("none: ") and len(run.tables()) == 1
+
+
 def test_clips_move_in_card_and_report(run_folder: Path) -> None:
     assert "Film strips" not in write_card(run_folder).read_text() + write_report(run_folder).read_text()
     frames = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 32), dtype=np.uint8)

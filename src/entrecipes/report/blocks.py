@@ -138,7 +138,7 @@ class BlockRun:
 
     def _growth(self) -> str:
         growth = self.section["growth"]
-        return f"{growth}: {GROWTH[growth]}".format(clock=CLOCKS[self.section["clock"]])
+        return f"{growth}: {GROWTH[growth]}".format(clock=CLOCKS[self.section.get("clock", "predicted")])
 
     def _inputs(self) -> str:
         if self.section["inputs"] == "never":
