@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from entrecipes.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from entrecipes.training.run import Run
 
 UNET = {
     "class": "UNet2DModel",
@@ -79,3 +84,11 @@ def tiny(model: dict[str, Any] = UNET, scheduler: dict[str, Any] = EDM, **sectio
 def tiny_recipe(*args: Any, **kwargs: Any) -> Recipe:
     """The same, validated."""
     return Recipe.model_validate(tiny(*args, **kwargs))
+
+
+def state(run: Run) -> dict[str, torch.Tensor]:
+    """A run's weights, their average and the optimizer's moments."""
+    parts = {"model": run.model.state_dict(), "ema": run.ema.state_dict()}
+    moments = run.optimizer.optimizer.state_dict()["state"]
+    parts |= {f"moments {i}": {k: v for k, v in of.items() if torch.is_tensor(v)} for i, of in moments.items()}
+    return {f"{part} {name}": value.clone() for part, of in parts.items() for name, value in of.items()}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import DIT, FLOW, tiny_recipe
+from tiny import DIT, FLOW, state, tiny_recipe
 
 from entrecipes.blocks.cost import weight_names
 from entrecipes.errors import UserError
@@ -57,14 +57,6 @@ def listened(run: Run, until: int | None = None) -> list[dict]:
 
 def events(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["kind"] == "event"]
-
-
-def state(run: Run) -> dict:
-    """Weights, average and the optimizer's moments."""
-    parts = {"model": run.model.state_dict(), "ema": run.ema.state_dict()}
-    moments = run.optimizer.optimizer.state_dict()["state"]
-    parts |= {f"moments {i}": {k: v for k, v in of.items() if torch.is_tensor(v)} for i, of in moments.items()}
-    return {f"{part} {name}": value.clone() for part, of in parts.items() for name, value in of.items()}
 
 
 @pytest.fixture(autouse=True)

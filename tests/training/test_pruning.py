@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import DIT, FLOW, UNET, tiny, tiny_recipe
+from tiny import DIT, FLOW, UNET, state, tiny, tiny_recipe
 
 from entrecipes.blocks.scores import SCORES
 from entrecipes.blocks.stack import BlockStack
@@ -49,14 +49,6 @@ def trained(recipe: Recipe, folder=None, until: int | None = None) -> Run:
         run.log.listener = lambda row: setattr(run, "stop_requested", row["images"] >= until)
     train(run)
     return run
-
-
-def state(run: Run) -> dict:
-    """Weights, average and the optimizer's moments."""
-    parts = {"model": run.model.state_dict(), "ema": run.ema.state_dict()}
-    moments = run.optimizer.optimizer.state_dict()["state"]
-    parts |= {f"moments {i}": {k: v for k, v in of.items() if torch.is_tensor(v)} for i, of in moments.items()}
-    return {f"{part} {name}": value.clone() for part, of in parts.items() for name, value in of.items()}
 
 
 @pytest.fixture(autouse=True)
