@@ -122,6 +122,7 @@ def test_each_bad_video_is_named_and_counted(folder: Path) -> None:
     beside(gif(folder / "mismatch.gif", block(12)), poses(10))
     beside(gif(folder / "still.gif", block(12, moving=False)), poses(12))
     beside(gif(folder / "wrong.gif", block(12)), [[1, 2]] * 12)
+    beside(gif(folder / "pixels.gif", block(12)), (np.array(poses(12)) * [WIDTH, HEIGHT, 1]).tolist())
     (folder / "broken.mp4").write_bytes(b"no video" * 100)
     beside(folder / "broken.mp4", poses(12))
     (folder / "broken.gif").write_bytes(b"no picture")
@@ -139,6 +140,7 @@ def test_each_bad_video_is_named_and_counted(folder: Path) -> None:
         "mismatch.gif": "12 frames but 10 poses",
         "still.gif": "still: it changes by",
         "wrong.gif": "not frames x 13",
+        "pixels.gif": "look like pixels",
         "broken.mp4": "no frame can be decoded",
         "broken.gif": "can't be decoded: not a GIF",
         "cut.mp4": "no frame can be decoded",
@@ -147,6 +149,18 @@ def test_each_bad_video_is_named_and_counted(folder: Path) -> None:
     assert [name for name, reason in wanted.items() if reason not in reasons[name]] == []
     with pytest.raises(UserError, match=r"more bad clips than data.max_bad_clips \(8\)(.|\n)*broken.gif \(can't"):
         load(section(folder, clip_step=8, min_motion=2, max_bad_clips=8))
+
+
+def test_a_gif_cut_anywhere_is_a_bad_video_or_a_shorter_one(tmp_path: Path) -> None:
+    whole = gif(tmp_path / "whole.gif", block(12)).read_bytes()
+    bad = 0
+    for length in range(1, len(whole), 7):
+        (tmp_path / "cut.gif").write_bytes(whole[:length])
+        try:
+            assert len(list(read_video(tmp_path / "cut.gif"))) <= 12
+        except BadVideo:
+            bad += 1
+    assert bad > 2
 
 
 def test_what_cannot_be_opened_at_all(folder: Path, tmp_path: Path) -> None:

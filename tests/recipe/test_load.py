@@ -60,6 +60,10 @@ BROKEN = {
         GOOD + "noise:\n  type: log_normal\n  meen: 0\n",
         ["r.yaml:10: noise.meen: unknown key; did you mean 'mean'?"],
     ),
+    "unknown key below a key with the variant's name": (
+        GOOD + "curriculum:\n  type: phases\n  phases:\n    - {frames: 1}\n    - {from_images: 5, pose: false}\n",
+        ["r.yaml:12: curriculum.phases.1.pose: unknown key; did you mean 'poses'?"],
+    ),
     "unknown section": (
         GOOD + "optimiser: {type: adamw}\n",
         ["r.yaml:8: optimiser: unknown key; did you mean 'optimizer'?"],

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if min(1 if args.count is None else args.count, args.steps, args.batch_size) < 1:
         raise UserError("--count, --steps and --batch-size must be at least 1")
     if args.output and args.output.suffix not in clips.OUTPUTS:
-        raise UserError(f"--output {args.output}: the grid is a PNG; name it {args.output.with_suffix('.png')}")
+        raise UserError(f"--output {args.output}: name it .png (a grid or film strips) or, for clips, .gif or .mp4")
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(best_device())

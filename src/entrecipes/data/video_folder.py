@@ -100,6 +100,8 @@ def _poses(path: Path, poses: Any | None) -> np.ndarray:
 def read_keypoints(poses: Any) -> np.ndarray:
     """float32 [T, 13, 3] of T poses of 13 joints or 33 landmarks times (x, y, visibility), null for a frame without.
 
+    x and y are shares of the frame's width and height; the 13 joints are in the order of `JOINTS`.
+
     Raises:
         BadVideo: For anything else.
     """
@@ -112,6 +114,8 @@ def read_keypoints(poses: Any) -> np.ndarray:
             raise ValueError(f"a joint has x, y, visibility, not {known.shape[-1]} numbers")
     except (TypeError, ValueError, IndexError) as error:
         raise BadVideo(f"its poses are not frames x 13 (or 33) x 3: {error}") from None
+    if np.nanmedian(np.abs(known[..., :2])) > 2:
+        raise BadVideo("its poses look like pixels: divide x by the frame's width and y by its height")
     found = np.zeros((len(poses), len(JOINTS), 3), np.float32)
     found[[pose is not None for pose in poses]] = known
     found[~np.isfinite(found).all((1, 2))] = 0

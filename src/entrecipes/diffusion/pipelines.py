@@ -138,8 +138,10 @@ def _from_hub(cls: type, source: str, revision: str | None) -> Any:
     """`cls.from_pretrained` with errors that say what to do next."""
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).parent.is_dir()
     if looks_local and not Path(source).is_dir():
+        name = source.removeprefix("outputs/")
+        first = f"run `entrecipes run {name}` first, or " if name != source else ""
         raise UserError(
-            f"{source}: no such folder; give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"
+            f"{source}: no such folder; {first}give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"
         )
     try:
         if cls is DiffusionPipeline:  # which knows the classes of diffusers only

@@ -114,9 +114,12 @@ def _at(root: Node, path: list[str | int], text: str) -> Problem:
 def _path(location: tuple[str | int, ...], data: Any) -> list[str | int]:
     """pydantic's location without the names of chosen variants, which it inserts after their section."""
     path: list[str | int] = []
+    chosen = False
     for part in location:
-        if isinstance(data, dict) and part not in data and part == data.get("type"):
+        if not chosen and isinstance(data, dict) and part == data.get("type"):  # a key may have the variant's name
+            chosen = True
             continue
+        chosen = False
         path.append(part)
         inside = isinstance(data, dict) and part in data or isinstance(data, list) and part in range(len(data))
         data = data[part] if inside else None
