@@ -81,12 +81,15 @@ def plot_efficiency(axes: Axes, run: BlockRun, compared: list[Compared]) -> None
     from matplotlib.ticker import MaxNLocator
 
     for found, colour in zip(compared, _shades(len(compared)), strict=True):
-        curve = {c.m: c.efficiency(run.clock) for c in found.candidates if c.losses}
+        curve = {c.m: c.efficiency(run.clock) for c in found.candidates if c.steps}
+        if not curve:  # the stage was too short for a turn that counts
+            continue
         most = max(curve.values(), key=abs) or 1.0
         curve = {m: value / abs(most) for m, value in curve.items()}
         label = f"stage {found.begun['stage'] + 1} (1 = {abs(most):.3g})"
         axes.plot(*zip(*curve.items(), strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
-        axes.plot(found.chosen, curve[found.chosen], zorder=4, **CHOSEN)
+        if found.chosen in curve:
+            axes.plot(found.chosen, curve[found.chosen], zorder=4, **CHOSEN)
         if min(curve.values()) < 0:
             axes.axhline(0, color=INK, linewidth=0.6)
     handles = [*axes.get_legend_handles_labels()[0], Line2D([], [], label="chosen", **CHOSEN)]

@@ -213,12 +213,14 @@ class BlockRun:
         return "; ".join(parts) or "all weights"
 
     def _candidates(self) -> Table:
-        header = ["stage", "blocks open", "turns", "steps", "loss fell by", "seconds a step"]
+        header = ["stage", "blocks open", "turns", "steps that count", "loss fell by", "seconds a step"]
         header += ["fall per predicted cost", "fall per second", ""]
         rows = []
         for found in self.compared:
             stage = str(found.begun["stage"] + 1)
-            rows += [[stage, *_earned(candidate, candidate.m == found.chosen)] for candidate in found.candidates]
+            fair = all(candidate.steps for candidate in found.candidates)
+            chosen = "chosen" if fair else "kept: not all had a turn that counts"
+            rows += [[stage, *_earned(c, chosen if c.m == found.chosen else "")] for c in found.candidates]
         title = f"Convergence efficiency: what the held-out loss fell for its cost (decided {CLOCKS[self.clock]})"
         return Table(title, header, rows)
 
@@ -242,11 +244,11 @@ def mib(size: float) -> str:
     return number(size / 2**20)
 
 
-def _earned(candidate: Candidate, chosen: bool) -> list[str]:
+def _earned(candidate: Candidate, verdict: str) -> list[str]:
     turns, steps = len(candidate.losses), candidate.steps
-    efficiency = [f"{candidate.efficiency(clock):.3g}" if turns else "" for clock in CLOCKS]
+    efficiency = [f"{candidate.efficiency(clock):.3g}" if steps else "" for clock in CLOCKS]
     each = number(candidate.seconds / steps) if steps else ""
-    return [str(candidate.m), str(turns), str(steps), number(candidate.drop), each, *efficiency, "chosen" * chosen]
+    return [str(candidate.m), str(turns), str(steps), number(candidate.drop), each, *efficiency, verdict]
 
 
 def _said(row: Row) -> str:
