@@ -49,7 +49,7 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
     if section.kind != components.family.kind:
         raise UserError(
             f"data.type: {section.type} holds {section.kind}, but a {components.family.model_class} denoises "
-            f"{components.family.kind}"
+            f"{components.family.kind}; take other data or another model"
         )
     images: Splits = OPENERS[section.kind](section, components)
     if num_classes is None:
