@@ -86,6 +86,7 @@ def test_hub_data_and_base_model_are_linked(run_folder: Path) -> None:
     (run_folder / "recipe.yaml").write_text(json.dumps(recipe))
     data = front_matter(write_card(run_folder))
     assert "datasets" not in data and "base_model" not in data
+    assert f"It started from the weights of `{run_folder}`." in (run_folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

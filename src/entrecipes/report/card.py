@@ -64,6 +64,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         own_source=samples_clips(run),
         snippet=snippet(run, repo_id or _shown(pipeline)),
         shows_people=samples_clips(run) and not run["data"].get("rendered"),
+        base=folder.recipe["pipeline"].get("pretrained"),
         infonoise=(repo_id or _shown(pipeline)) if (pipeline / "infonoise").is_dir() else None,
         local=repo_id is None,
         held_out=facts.held_out_text(folder),
