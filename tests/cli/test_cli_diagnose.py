@@ -157,7 +157,10 @@ MISTAKES = {
     "no such data": (["ddpm", "--data", "{type: digit}"], "did you mean 'digits'"),
     "no data folder": (["ddpm", "--data", "{type: folder, path: nope}"], "the folder nope does not exist"),
     "another size": (["ddpm", "--data", "{type: digits, image_size: 16}"], "the model takes 8 px"),
-    "sequences for images": (["ddpm", "--data", "{type: sequences}"], "but a UNet2DModel denoises images; take other data"),
+    "sequences for images": (
+        ["ddpm", "--data", "{type: sequences}"],
+        "but a UNet2DModel denoises images; take other data",
+    ),
     "no such noise": (["ddpm", *DIGITS, "--noise", "{type: infonose}"], "did you mean 'infonoise'"),
     "no such weighting": (["ddpm", *DIGITS, "--weighting", "minsnr"], "did you mean 'min_snr'"),
     "no such recipe": (["ddpm", "--recipe", "digits/dmo"], "did you mean 'digits/demo'"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn.utils import parametrize
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.diffusion import lora
 from entrecipes.errors import UserError
+from entrecipes.patterns import matches
 from entrecipes.recipe.adapters import LoraKeys
 from entrecipes.recipe.base import Section
 
@@ -143,7 +143,7 @@ class DiffFit(NoAdapter):
             _is_bias(name)
             or name in self.gains
             or re.search(r"\.parametrizations\..*\.scale$", name) is not None
-            or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.embeddings)
+            or matches(name, self.embeddings)
         )
 
     def merged(self, model: nn.Module) -> nn.Module:
@@ -293,7 +293,7 @@ def _targets(model: nn.Module, patterns: tuple[str, ...] | None) -> list[str]:
 def _match(patterns: tuple[str, ...], names: list[str], place: str) -> list[str]:
     """The names that match any pattern. Raises UserError for a pattern that matches none."""
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not any(matches(name, [pattern]) for name in names):
             kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
             raise UserError(f"{place}: '{pattern}' matches nothing; the model has {', '.join(kinds[:12])}...")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if matches(name, patterns)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from entrecipes.diffusion.lora import size
-from entrecipes.errors import UserError
+from entrecipes.patterns import check_parameters, matches
 from entrecipes.recipe.blocks import AllBlocksSection, StagedBlocksSection
 
 if TYPE_CHECKING:
@@ -104,14 +103,8 @@ class StagedBlocks:
     def __init__(self, section: StagedBlocksSection, subject: Subject) -> None:
         self.section, self.model, self.eligible = section, subject.components.model, subject.eligible
         self.stage = -1
-        names = [name for name, _ in self.model.named_parameters()]
         for i, stage in enumerate(section.stages):
-            for pattern in stage.train:
-                if not fnmatch.filter(names, pattern):
-                    top = sorted({name.split(".")[0] for name in names})
-                    raise UserError(
-                        f"blocks.stages.{i}.train: '{pattern}' matches no parameter; the model has {', '.join(top)}"
-                    )
+            check_parameters(self.model, stage.train, f"blocks.stages.{i}.train")
 
     def advance(self, images: int) -> list[dict[str, Any]]:
         due = sum(stage.from_images <= images for stage in self.section.stages) - 1
@@ -131,7 +124,4 @@ class StagedBlocks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stage = state["stage"]
         patterns = self.section.stages[self.stage].train
-        train_only(
-            self.model,
-            lambda name: self.eligible(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns),
-        )
+        train_only(self.model, lambda name: self.eligible(name) and matches(name, patterns))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import datasets
@@ -20,6 +19,7 @@ from entrecipes.data.sources import source as find_source
 from entrecipes.data.tables import Table, in_memory, require_columns
 from entrecipes.errors import UserError, nearest
 from entrecipes.fingerprint import fingerprint
+from entrecipes.patterns import matches
 from entrecipes.recipe.data import ClipsData, VideoData
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,6 @@ def load(section: ClipsData) -> Splits:
 def wanted(section: VideoData) -> tuple[str, ...]:
     """All patterns of videos that a recipe uses."""
     return section.videos + (section.held_out_videos or ())
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a video's name matches one of the patterns (those of shells, case counts)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_videos(table: Table, size: int, patterns: Sequence[str] = ("*",)) -> Videos:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from entrecipes.data.clips import Video, Videos, cut, matches, wanted
+from entrecipes.data.clips import Video, Videos, cut, wanted
 from entrecipes.data.images import Splits
 from entrecipes.data.places import atomic_folder, home
 from entrecipes.data.skeleton import JOINTS, joints
@@ -24,6 +24,7 @@ from entrecipes.data.video_files import (
 )
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
+from entrecipes.patterns import matches
 from entrecipes.recipe.data import VideoFolderData
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from entrecipes.diffusion.family import Family
+from entrecipes.diffusion.family import Family, as_pixels
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
 from entrecipes.diffusion.space import ClipSpace, LatentClipSpace, Space, SymbolSpace
 from entrecipes.errors import UserError
@@ -126,6 +126,7 @@ class SequenceTransformer1D(Family):
     pipeline_class = SequencePipeline
     guidance = False
     kind = "sequences"
+    output_type = "ids"
 
     def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
         return model(sample, timestep, class_labels=condition, return_dict=False)[0]
@@ -136,18 +137,9 @@ class SequenceTransformer1D(Family):
     def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
         return {"batch_size": num_images, "class_labels": condition}
 
-    def generate(
-        self,
-        pipeline: DiffusionPipeline,
-        condition: Any,
-        num_images: int,
-        steps: int,
-        guidance_scale: float,
-        generator: list[torch.Generator],
-    ) -> Tensor:
-        """Sample with the pipeline: symbol ids uint8 [num_images, L]."""
-        asked = self.asked_for(condition, num_images, guidance_scale)
-        return pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="ids").sequences
+    def as_held(self, output: Any) -> Tensor:
+        """Symbol ids uint8 [num_images, L]."""
+        return output.sequences
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Our own pipeline samples with all."""
@@ -219,19 +211,9 @@ class WanVideo(Family):
     def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
         return {"condition": torch.stack(list(condition)), "guidance_scale": guidance_scale}
 
-    def generate(
-        self,
-        pipeline: DiffusionPipeline,
-        condition: Any,
-        num_images: int,
-        steps: int,
-        guidance_scale: float,
-        generator: list[torch.Generator],
-    ) -> Tensor:
-        """Sample with the pipeline: clips uint8 [num_images, 3, F, H, W]."""
-        asked = self.asked_for(condition, num_images, guidance_scale)
-        frames = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").frames
-        return frames.transpose(1, 2).float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    def as_held(self, output: Any) -> Tensor:
+        """Clips uint8 [num_images, 3, F, H, W]."""
+        return as_pixels(output.frames.transpose(1, 2))
 
 
 FAMILIES: dict[str, Family] = {

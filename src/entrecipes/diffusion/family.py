@@ -26,6 +26,8 @@ class Family(ABC):
     """What the model denoises: `images`, `sequences` of symbols, or `clips` of video."""
     vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
     """What compresses for it, where it takes a VAE."""
+    output_type: ClassVar[str] = "pt"
+    """What the pipeline is asked to return."""
     bases: ClassVar[tuple[str, ...]] = ()
     """Other pipelines, by class name, whose parts the family's own pipeline can be made of."""
 
@@ -55,8 +57,12 @@ class Family(ABC):
     ) -> Tensor:
         """Sample with the family's pipeline: uint8 [num_images, ...], as a data set holds them."""
         asked = self.asked_for(condition, num_images, guidance_scale)
-        images = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type="pt").images
-        return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        output = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type=self.output_type)
+        return self.as_held(output)
+
+    def as_held(self, output: Any) -> Tensor:
+        """What the pipeline returns as a data set holds it: uint8 [num_images, ...]."""
+        return as_pixels(output.images)
 
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
         """The stock pipeline around `model`."""
@@ -109,3 +115,8 @@ class Family(ABC):
                 f"{self.model_class} (it has no scale_model_input). For flow matching take DPMSolverMultistepScheduler "
                 "with prediction_type: flow_prediction and use_flow_sigmas: true."
             )
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    """Values in [0, 1], cut off beyond, as uint8."""
+    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)

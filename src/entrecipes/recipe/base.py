@@ -40,6 +40,12 @@ Count = Annotated[int, BeforeValidator(_parse_count), Field(ge=0)]
 PositiveCount = Annotated[int, BeforeValidator(_parse_count), Field(gt=0)]
 
 
+def check_starts(starts: list[int], what: str) -> None:
+    """Raise ValueError unless the images at which `what` begin are in order, the first at 0."""
+    if starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"{what} must start at 0 and increase in from_images, got {starts}")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered choice of a wing."""

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from entrecipes.recipe.adapters import AdapterSection, NoAdapterSection
-from entrecipes.recipe.base import Count, Section, register, union
+from entrecipes.recipe.base import Count, Section, check_starts, register, union
 from entrecipes.recipe.prune import Draws, MeasuredScore
 
 
@@ -44,9 +44,7 @@ class StagedBlocksSection(BlocksKeys):
 
     @model_validator(mode="after")
     def _in_order(self) -> StagedBlocksSection:
-        starts = [stage.from_images for stage in self.stages]
-        if starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
-            raise ValueError(f"stages must start at 0 and increase in from_images, got {starts}")
+        check_starts([stage.from_images for stage in self.stages], "stages")
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from entrecipes.recipe.base import Count, PositiveCount, Section, register, union
+from entrecipes.recipe.base import Count, PositiveCount, Section, check_starts, register, union
 
 
 @register("curriculum", implementation="entrecipes.samples.curriculum:WholeSamples")
@@ -41,9 +41,7 @@ class PhasesSection(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> PhasesSection:
-        starts = [phase.from_images for phase in self.phases]
-        if starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
-            raise ValueError(f"phases must start at 0 and increase in from_images, got {starts}")
+        check_starts([phase.from_images for phase in self.phases], "phases")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entrecipes.errors import UserError
+from entrecipes.patterns import check_parameters, matches
 from entrecipes.recipe.curriculum import NoCurriculumSection, Phase, PhasesSection
 
 
@@ -54,14 +54,8 @@ class Phases:
             raise UserError(f"curriculum.type: phases cuts clips, and the data are {kind}; take none")
         self.section = section
         self.number = -1
-        names = [name for name, _ in model.named_parameters()]
         for i, phase in enumerate(section.phases):
-            for pattern in phase.train:
-                if not fnmatch.filter(names, pattern):
-                    top = ", ".join(sorted({name.split(".")[0] for name in names}))
-                    raise UserError(
-                        f"curriculum.phases.{i}.train: '{pattern}' matches no parameter; the model has {top}"
-                    )
+            check_parameters(model, phase.train, f"curriculum.phases.{i}.train")
 
     @property
     def phase(self) -> Phase:
@@ -92,4 +86,4 @@ class Phases:
         return batch
 
     def eligible(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.phase.train)
+        return matches(name, self.phase.train)

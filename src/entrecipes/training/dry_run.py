@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from entrecipes.diffusion.lora import size
 from entrecipes.recipe.schema import Recipe
+from entrecipes.training.costs import state_bytes
 from entrecipes.training.loop import step
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import peak_memory_gib
@@ -57,13 +58,12 @@ def dry_run(recipe: Recipe) -> Estimate:
     run.window.sums.tolist()  # wait for the device
     rate = TIMED_STEPS * recipe.training.batch_size / (time.perf_counter() - started)
     trainable = [p for p in run.model.parameters() if p.requires_grad]
-    state = [v for values in run.optimizer.optimizer.state.values() for v in values.values() if hasattr(v, "nbytes")]
     weights = set(run.model.parameters()) | set(run.ema.model.parameters() if run.ema else ())  # they may share some
-    held = [*weights, *trainable, *state]
+    held = sum(weight.nbytes for weight in [*weights, *trainable]) + state_bytes(run.optimizer.optimizer.state.values())
     return Estimate(
         parameters=sum(size(p) for p in run.model.parameters()),
         trainable_parameters=sum(p.numel() for p in trainable),
-        weights_gib=sum(tensor.nbytes for tensor in held) / 2**30,
+        weights_gib=held / 2**30,
         peak_memory_gib=peak_memory_gib(run.device),
         images_per_second=rate,
         training_seconds=recipe.training.images / rate,
