@@ -11,6 +11,7 @@ from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, EntProgSec
 from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
 from entrecipes.recipe.data import DataSection
 from entrecipes.recipe.evaluation import METRICS, Evaluation
+from entrecipes.recipe.experts import ExpertsSection, OneNetworkSection
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
 from entrecipes.recipe.prune import NoPruningSection, PruneSection
@@ -39,6 +40,8 @@ class Recipe(Section):
     """Which weights are trained, and from when."""
     prune: PruneSection = NoPruningSection()
     """Which blocks are removed, and when."""
+    experts: ExpertsSection = OneNetworkSection()
+    """Which networks serve which noise levels."""
     curriculum: CurriculumSection = NoCurriculumSection()
     """Which part of each sample is trained on, and when."""
     optimizer: OptimizerSection = AdamWOptimizer()
