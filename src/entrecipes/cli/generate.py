@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: the grid is a PNG; name it {args.output.with_suffix('.png')}")
     if args.reference or args.poses:
         raise UserError(f"--reference, --poses: {type(pipeline).__name__} makes no clips; leave them out")
-    num_classes = family.num_classes(getattr(pipeline, family.component))
+    num_classes = family.num_classes(family.denoiser(pipeline))
     labels = _labels(args.labels, num_classes, args.count)
     images = generate(
         pipeline,
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    space = family.space(getattr(pipeline, family.component))
+    space = family.space(family.denoiser(pipeline))
     pictures = space.pictures(images)
     save_grid(pictures, args.output, columns=min(space.columns, args.count), texts=space.texts(images))
     print(f"{len(images)} {family.kind} in {args.output}" + (f", classes {sorted(set(labels))}" if labels else ""))

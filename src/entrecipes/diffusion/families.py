@@ -234,10 +234,16 @@ def family_of(model_class: str) -> Family:
 
 
 def family_of_pipeline(pipeline: DiffusionPipeline) -> Family:
-    """The family whose model a loaded pipeline carries."""
-    for family in FAMILIES.values():
-        if type(getattr(pipeline, family.component, None)).__name__ == family.model_class:
+    """The family whose model a loaded pipeline carries. Raises UserError."""
+    for name in ("denoiser", *dict.fromkeys(family.component for family in FAMILIES.values())):
+        if family := _family_of_model(getattr(pipeline, name, None)):
             return family
     raise UserError(
         f"{type(pipeline).__name__} carries no model that can be trained here; supported: {', '.join(FAMILIES)}"
     )
+
+
+def _family_of_model(model: ModelMixin | None) -> Family | None:
+    """The family of a model, of the class that it narrows, or of the experts that it routes to."""
+    model = getattr(model, "experts", [model])[0]
+    return next((FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), None)

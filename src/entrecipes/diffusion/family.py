@@ -64,6 +64,19 @@ class Family(ABC):
         """What the pipeline returns as a data set holds it: uint8 [num_images, ...]."""
         return as_pixels(output.images)
 
+    def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
+        """The model in a pipeline of the family, or in one of its experts."""
+        return getattr(pipeline, "denoiser", None) or getattr(pipeline, self.component)
+
+    def around(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
+        """The pipeline that publishes `model`: the stock one, or of experts that of experts."""
+        pipeline = self.assemble(model, scheduler, vae)
+        if not hasattr(model, "experts"):
+            return pipeline
+        from entrecipes.models.experts import ExpertsPipeline
+
+        return ExpertsPipeline(denoiser=model, scheduler=scheduler, vae=getattr(pipeline, "vae", None))
+
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
         """The stock pipeline around `model`."""
         return self.pipeline_class(**{self.component: model, "scheduler": scheduler})

@@ -19,6 +19,7 @@ Model time exists only in here.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -106,6 +107,21 @@ class GaussianPath(ABC):
         settings = ", ".join(f"{key} {config[key]}" for key in TELLING if key in config)
         raise UserError(f"{kind}{f' with {settings}' if settings else ''} is not supported; {SUPPORTED}")
 
+    def within(self, low: float, high: float) -> GaussianPath:
+        """The same path, of whose noise levels only those from `low` to `high` are trained on and measured.
+
+        Raises:
+            UserError: When next to nothing of the path lies there.
+        """
+        cut = copy.copy(self)
+        cut.log_sigma_min, cut.log_sigma_max = max(low, self.log_sigma_min), min(high, self.log_sigma_max)
+        if not cut.log_sigma_max - cut.log_sigma_min > 1e-6:
+            raise UserError(
+                f"noise levels log sigma {low:.3f} to {high:.3f} leave nothing of the scheduler's, "
+                f"{self.log_sigma_min:.3f} to {self.log_sigma_max:.3f}"
+            )
+        return cut
+
     @abstractmethod
     def coefficients(self, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
         """a and b [n]."""
@@ -180,7 +196,7 @@ class VpPath(GaussianPath):
         if not bool((table.diff() > 0).all() and table.isfinite().all()):
             raise UserError("scheduler: alphas_cumprod must fall strictly from below 1; change its betas")
         self.prediction_type = prediction_type
-        self.log_sigma_min, self.log_sigma_max = table[0].item(), table[-1].item()
+        self._ends = self.log_sigma_min, self.log_sigma_max = table[0].item(), table[-1].item()
         self.last = len(table) - 1
         self._tables = {table.device: table}
 
@@ -193,7 +209,7 @@ class VpPath(GaussianPath):
 
     def timestep(self, log_sigma: Tensor) -> Tensor:
         table = self._table(log_sigma.device)
-        level = log_sigma.double().clamp(self.log_sigma_min, self.log_sigma_max)
+        level = log_sigma.double().clamp(*self._ends)
         lower = (torch.searchsorted(table, level, right=True) - 1).clamp(0, self.last - 1)
         return lower + (level - table[lower]) / (table[lower + 1] - table[lower])
 
@@ -226,6 +242,7 @@ class EdmPath(GaussianPath):
         self.prediction_type, self.sigma_data = config.prediction_type, config.sigma_data
         self.log_sigma_min, self.log_sigma_max = math.log(config.sigma_min), math.log(config.sigma_max)
         self.rho = None if config.sigma_schedule == "exponential" else config.rho
+        self._ends = self.log_sigma_min, self.log_sigma_max  # time is a ramp between these, whatever range is cut out
 
     def coefficients(self, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
         sigma = torch.exp(log_sigma.double())
@@ -257,8 +274,8 @@ class EdmPath(GaussianPath):
         return (ramp - low) / (high - low)
 
     def _ramp_ends(self) -> tuple[float, float]:
-        ends = self.log_sigma_min, self.log_sigma_max
-        return ends if self.rho is None else (math.exp(ends[0] / self.rho), math.exp(ends[1] / self.rho))
+        low, high = self._ends
+        return self._ends if self.rho is None else (math.exp(low / self.rho), math.exp(high / self.rho))
 
     def _c_in(self, log_sigma: Tensor) -> Tensor:
         return (torch.exp(2 * log_sigma.double()) + self.sigma_data**2).rsqrt()

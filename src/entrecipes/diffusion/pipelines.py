@@ -36,7 +36,7 @@ class Components:
     def pipeline(self, model: ModelMixin | None = None) -> DiffusionPipeline:
         """The stock pipeline around these parts, with another copy of the model if given, quiet while it samples."""
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        pipeline = self.family.assemble(model or self.model, scheduler, self.vae)
+        pipeline = self.family.around(model or self.model, scheduler, self.vae)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -77,13 +77,13 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
     if section.pretrained is not None:
         pipeline = load_pipeline(section.pretrained, section.revision)
         family = family_of_pipeline(pipeline)
-        known = (family.component, "scheduler", "vae")
+        known = (family.component, "denoiser", "scheduler", "vae")
         if others := [name for name, part in pipeline.components.items() if part is not None and name not in known]:
             raise UserError(
                 f"{section.pretrained}: {type(pipeline).__name__} also carries {', '.join(others)}, which is not "
                 f"supported; supported are pipelines of {', '.join(FAMILIES)} with at most a VAE"
             )
-        model, vae = getattr(pipeline, family.component), getattr(pipeline, "vae", None)
+        model, vae = family.denoiser(pipeline), getattr(pipeline, "vae", None)
         scheduler = getattr(pipeline.scheduler, "base", pipeline.scheduler)  # the stock one of an InfoNoiseScheduler
         vae_id = f"{section.pretrained}@{section.revision}/vae"
     else:
@@ -130,7 +130,7 @@ def _with_adapter(folder: Path) -> DiffusionPipeline:
         pipeline = load_pipeline(base.found_from(folder), base.revision)
     except UserError as error:
         raise UserError(f"{folder}: the base of this adapter can't be had: {error}") from error
-    lora.load_adapter(getattr(pipeline, family_of_pipeline(pipeline).component), folder, base)
+    lora.load_adapter(family_of_pipeline(pipeline).denoiser(pipeline), folder, base)
     return pipeline
 
 
@@ -162,6 +162,8 @@ def _as_ours(source: str, revision: str | None) -> tuple[type[DiffusionPipeline]
     """The class that loads a pipeline here, and where from. Raises as `from_pretrained`, and UserError."""
     index = DiffusionPipeline.load_config(source, revision=revision)
     name = index.get("_class_name")
+    if name == "ExpertsPipeline":
+        return entrecipes.ExpertsPipeline, source
     for family in FAMILIES.values():
         if name in family.bases:
             if index.get("transformer_2", [None])[0]:

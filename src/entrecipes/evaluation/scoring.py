@@ -239,7 +239,7 @@ def score_blocks(
         UserError: For a pipeline without a supported model, inputs that do not fit it, or a model that fails on them.
     """
     family = family_of_pipeline(pipeline)
-    model = getattr(pipeline, family.component)
+    model = family.denoiser(pipeline)
     if not images.is_floating_point() or len(images) < 2:
         raise UserError(
             f"images: {images.dtype} {list(images.shape)}; give at least two as float [n, ...], in [-1, 1] or, with a "
