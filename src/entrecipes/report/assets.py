@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from entrecipes.report.block_schedule_plots import draw_block_schedule_plots
+from entrecipes.report.experts_plots import draw_expert_plots
 from entrecipes.report.noise_plots import draw_noise_plots
 from entrecipes.report.plots import draw_plots
 from entrecipes.report.prune_plots import draw_prune_plots
@@ -14,4 +15,4 @@ from entrecipes.report.run_folder import RunFolder
 def draw_assets(folder: RunFolder) -> dict[str, Path]:
     """Draw whatever the run has logged so far into its `assets/`; returns `{name: path}`."""
     drawn = draw_plots(folder) | draw_noise_plots(folder)
-    return drawn | draw_prune_plots(folder) | draw_block_schedule_plots(folder)
+    return drawn | draw_prune_plots(folder) | draw_block_schedule_plots(folder) | draw_expert_plots(folder)

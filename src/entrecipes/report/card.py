@@ -14,6 +14,8 @@ from entrecipes.evaluation.result import Metric
 from entrecipes.report import facts
 from entrecipes.report.assets import draw_assets
 from entrecipes.report.blocks import BlockRun
+from entrecipes.report.experts import experts
+from entrecipes.report.experts_loading import STOCK, routes, ways_to_load
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
@@ -71,6 +73,8 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         noise_schedule=facts.noise_schedule_text(folder),
         pruning=pruned(folder),
         blocks=blocks,
+        experts=experts(folder),
+        ways=ways_to_load(pipeline, folder.path / STOCK, repo_id or _shown(pipeline), _shown(folder.path / STOCK)),
         tables={
             "Data": facts.data_rows(run),
             "Speed and memory": facts.speed_rows(run) + blocks.speed_rows(),
@@ -115,13 +119,14 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
             "from diffusers.utils import export_to_gif, load_image, load_video",
         ]
         loader, result, last = "DiffusionPipeline", "frames", 'export_to_gif(frames[0], "samples.gif")'
-    elif needs_entrecipes(run):
+    elif needs_entrecipes(run) and not routes(run):
         imports = [f"from entrecipes import {pipeline['class']}"]
         loader, result, last = pipeline["class"], "sequences", 'print(*sequences, sep="\\n")'
     else:
-        imports = ["from diffusers import DiffusionPipeline", "from diffusers.utils import make_image_grid"]
+        loader, library = (pipeline["class"], "entrecipes") if routes(run) else ("DiffusionPipeline", "diffusers")
+        imports = sorted([f"from {library} import {loader}", "from diffusers.utils import make_image_grid"])
         resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
-        loader, result = "DiffusionPipeline", "images"
+        result = "images"
         last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'
     loading = [f"pipeline = {loader}.from_pretrained({target}{options})"]
     if adapter:
@@ -155,6 +160,7 @@ def _arguments(run: dict[str, Any], count: int) -> list[str]:
         asked = [*labels, f"guidance_scale={pipeline['guidance_scale']}"]
     else:
         asked = [f"batch_size={count}", *labels]
+        asked += [f"guidance_scale={pipeline['guidance_scale']}"] * routes(run)
     return [*asked, f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
 
 
@@ -200,7 +206,8 @@ def samples_clips(run: dict[str, Any]) -> bool:
 def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     run, recipe = folder.run, folder.recipe
     data = recipe["data"]
-    task = CLIPS_TASK if samples_clips(run) else OTHER_TASK if needs_entrecipes(run) else TASK
+    makes_images = routes(run) or not needs_entrecipes(run)
+    task = CLIPS_TASK if samples_clips(run) else TASK if makes_images else OTHER_TASK
     results = [
         EvalResult(
             task_type=task,

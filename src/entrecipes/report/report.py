@@ -10,6 +10,7 @@ import jinja2
 from entrecipes.report import facts
 from entrecipes.report.assets import draw_assets
 from entrecipes.report.blocks import BlockRun
+from entrecipes.report.experts import experts
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
 
@@ -42,6 +43,7 @@ def write_report(folder: str | Path) -> Path:
         moving=embedded(folder.moving) if folder.moving else None,
         pruning=pruned(folder),
         blocks=BlockRun(folder),
+        experts=experts(folder),
         plots={name: embedded(path) for name, path in plots.items()},
         events=folder.metrics("start", "event"),
         last=(folder.metrics("train") or [None])[-1],

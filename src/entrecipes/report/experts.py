@@ -1,0 +1,280 @@
+"""What a run with several experts says of itself: its groups, how their networks were found, and what that cost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import entrecipes.recipe.experts  # noqa: F401 (registers its choices)
+from entrecipes.errors import UserError
+from entrecipes.experts.costs import TRAINING_PASSES
+from entrecipes.experts.grouping import Group, row_nats
+from entrecipes.recipe.base import choice
+from entrecipes.report.comparison.tables import Table
+from entrecipes.report.facts import Rows, duration, flops, number
+from entrecipes.report.run_folder import RunFolder
+
+PLAN, MEMORY = "search/plan.json", "search/memory.jsonl"
+GROUPED = {
+    "timestep": "equal shares of the scheduler's training time",
+    "snr": "equal range of log SNR",
+    "information": "equal information: nats of the base's measured profile",
+}
+PICTURES = {
+    "expert_groups": "Where the base's error lies (dark) and what the experts leave of it (orange), with the share of "
+    "the base's FLOPs that each group's network has",
+    "expert_plans": "Share of each unit that each group's network keeps, in percent; 0 is a branch left out",
+    "expert_search": "Reward of every plan that was measured, and of the best so far; thin lines part the rounds",
+    "expert_costs": "FLOPs of training against the budget, and of sampling against the base, by expert",
+}
+"""The pictures that there may be, and what they show."""
+TRAINING = {"base": "base", "search": "search", "experts": "experts"}
+COUNTED = f"forward and backward pass of an image counted as {TRAINING_PASSES} forward passes"
+
+Row = dict[str, Any]
+
+
+class ExpertRun:
+    """The plan, the trials and the costs of a run that trained experts, with its recipe's `experts` section.
+
+    Experts are numbered along the denoising direction, 0 serving the noisiest levels.
+
+    Raises:
+        UserError: When a file of the run is damaged.
+    """
+
+    pictures = PICTURES
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.section: Row = folder.recipe.get("experts") or {} if folder.has("recipe.yaml") else {}
+        self.run: Row = folder.run if folder.has("run.json") else {}
+        self.plan: Row = read_plan(folder.path)
+        self._finished: Row = self.run.get("experts") or {}
+        self.costs: Row = {**self.plan.get("costs", {}), **self._finished.get("costs", {})}
+        known = zip(self.plan["groups"], self._finished.get("groups") or [{}] * len(self.plan["groups"]), strict=True)
+        self.groups: list[Row] = [{**planned, **measured} for planned, measured in known]
+
+    @cached_property
+    def trials(self) -> list[Row]:
+        """What the search measured, in that order."""
+        path, trials = self.folder.path / MEMORY, []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        for place, line in enumerate(lines, start=1):
+            try:
+                trials += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError:
+                if place < len(lines):  # the last one has no newline at its end where the run was stopped within it
+                    raise UserError(f"{path}:{place}: no JSON; put back a good copy, or remove the line") from None
+        return trials
+
+    def trials_of(self, group: int) -> list[Row]:
+        """The trials of one group."""
+        return [trial for trial in self.trials if trial["group"] == group]
+
+    @cached_property
+    def base_row(self) -> Row | None:
+        """The base's last held-out measurement."""
+        for place in (self.folder.path / "base", Path(self.section.get("base") or ".")):
+            if (rows := _held_out(place)) and place != Path("."):
+                return rows[-1]
+        return None
+
+    @cached_property
+    def expert_rows(self) -> list[Row | None]:
+        """For each group the measurement that tells of its expert: of all of them together where there is one."""
+        routed = self.folder.metrics("held_out") if self.run else []
+        if routed:
+            return [routed[-1]] * len(self.groups)
+        own = [_held_out(self.folder.path / "experts" / str(group["number"])) for group in self.groups]
+        return [rows[-1] if rows else None for rows in own]
+
+    def nats(self, number: int) -> tuple[float | None, float | None]:
+        """Held-out nats inside a group: of the base, and of the group's expert."""
+        groups, rows = plan_groups(self.plan), (self.base_row, self.expert_rows[number])
+        return tuple(None if row is None else row_nats(groups, row)[number] for row in rows)
+
+    @cached_property
+    def sampling(self) -> Row | None:
+        """FLOPs of an image with the recipe's sampler, where its `calls` of each expert are known; else of a step."""
+        costs, calls = self.costs.get("sampling_flops"), (self._finished.get("sampling") or {}).get("calls")
+        if not calls:
+            return costs
+        spent = sum(count * group["flops"] for count, group in zip(calls, self.groups, strict=True))
+        base = sum(calls) * self.plan["base_flops"]
+        return {"base": base, "experts": spent, "ratio": spent / base, "calls": calls}
+
+    # -- words --------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> Rows:
+        """What happened, at a glance."""
+        how = self.section.get("type")
+        entry = choice("experts", how) if how else None
+        found = {
+            "How": entry and f"{how}: {entry.summary}" + (f" [{entry.paper}]" if entry.paper else ""),
+            "Groups": f"{len(self.groups)} of {GROUPED.get(self.plan.get('by'), 'their own borders')}",
+            "Budgets": self._budgets(),
+            "Search": self._search(),
+            "Measured": self._measured(),
+            "Training FLOPs": self._training(),
+            "Sampling FLOPs": self._sampling(),
+            "Where samples come from": self._served(),
+        }
+        return [(label, text) for label, text in found.items() if text]
+
+    def _budgets(self) -> str:
+        shares = ", ".join(_share(group["ratio"]) for group in self.groups)
+        return (
+            f"{shares} of the base's {flops(self.plan['base_flops'])} a forward pass of one sample, the noisiest first"
+        )
+
+    def _search(self) -> str | None:
+        section = self.section.get("search")
+        proposer = section and section["proposer"]["type"]
+        if not proposer or not self.trials:
+            return None
+        memory = section.get("memory")
+        shown = f"shown the best {memory['best']} and last {memory['last']}" if memory else "without a memory"
+        recovery = f"{section['recovery']['steps']} steps of recovery before each is measured"
+        rounds = f"{section['rounds']} rounds of {section['candidates']} plans for each group"
+        return f"{proposer}: {choice('proposer', proposer).summary} {rounds}; {shown}; {recovery}; what stays in a " + (
+            f"unit by {section['criterion']}"
+        )
+
+    def _measured(self) -> str | None:
+        if not self.trials:
+            return None
+        by = Counter(trial["proposer"] for trial in self.trials)
+        said = ", ".join(f"{count} by {name}" for name, count in by.most_common())
+        return f"{len(self.trials)} plans ({said}) in {duration(sum(trial['seconds'] for trial in self.trials))}"
+
+    def _training(self) -> str | None:
+        costs = self.costs.get("training_flops")
+        if not costs:
+            return None
+        parts = ", ".join(f"{label} {flops(costs[key])}" for key, label in TRAINING.items())
+        share = _share(costs["total"] / costs["budget"])
+        return f"{flops(costs['total'])}, {share} of the budget of {flops(costs['budget'])}: {parts}; {COUNTED}"
+
+    def _sampling(self) -> str | None:
+        if not (costs := self.sampling):
+            return None
+        of = "an image with the recipe's sampler" if "calls" in costs else "a step on average, of even timesteps"
+        return f"{flops(costs['experts'])} for {of}, {_share(costs['ratio'])} of the base's {flops(costs['base'])}"
+
+    def _served(self) -> str | None:
+        if not (calls := (self.sampling or {}).get("calls")):
+            return None
+        scheduler = self.run["pipeline"]["scheduler_class"]
+        parts = ", ".join(
+            f"expert {group['number']} {count:g}" for group, count in zip(self.groups, calls, strict=True)
+        )
+        return f"{scheduler}, {self.run['pipeline']['steps']} steps; calls of the network for an image: {parts}"
+
+    # -- tables -------------------------------------------------------------------------------------------------------
+
+    def tables(self) -> list[Table]:
+        """The groups with their networks, what search and training made of them, and the costs."""
+        found = [self._groups(), self._found()]
+        return found + ([self._costs()] if "training_flops" in self.costs else [])
+
+    def _groups(self) -> Table:
+        header = ["expert", "log sigma", "timesteps", "share of steps", "budget", "FLOPs found", "parameters", "images"]
+        rows = []
+        for group in self.groups:
+            network = group.get("flops")
+            shown = "" if network is None else f"{flops(network)} ({_share(network / self.plan['base_flops'])})"
+            rows.append(
+                [
+                    str(group["number"]),
+                    "{:.2f} to {:.2f}".format(*group["log_sigma"]),
+                    self._timesteps(group["number"]),
+                    _share(group["steps"]),
+                    _share(group["ratio"]),
+                    shown,
+                    _count(group.get("parameters")),
+                    _count(group.get("images")),
+                ]
+            )
+        return Table("The groups of noise levels and their networks", header, rows)
+
+    def _timesteps(self, number: int) -> str:
+        """What the network is called with there; a border belongs to its noisier side."""
+        borders = [f"{border:.4g}" for border in self.plan["boundaries"]]
+        lower, upper = borders[number : number + 1], borders[number - 1 : number] if number else []
+        texts = [*(f"from {border}" for border in lower), *(f"below {border}" for border in upper)]
+        return ", ".join(texts) or "all"
+
+    def _found(self) -> Table:
+        header = ["expert", "plans measured", "loss of the base", "uniform plan", "best plan", "best - uniform"]
+        header += ["nats of the base", "of the expert", "expert - base"]
+        rows = []
+        for group in self.groups:
+            before, after = self.nats(group["number"])
+            uniform, best = group.get("uniform_loss"), group.get("loss")
+            rows.append(
+                [
+                    str(group["number"]),
+                    _count(group.get("trials")),
+                    *map(_number, (group.get("base_loss"), uniform, best)),
+                    "" if None in (uniform, best) else f"{best / uniform - 1:+.1%}",
+                    *map(_number, (before, after)),
+                    "" if None in (before, after) else f"{after - before:+.3g} ({after / before - 1:+.1%})",
+                ]
+            )
+        return Table("Inside each group: loss in the search, held-out nats after training", header, rows)
+
+    def _costs(self) -> Table:
+        costs = self.costs["training_flops"]
+        labels = TRAINING | {"total": "in all", "budget": "budget"}
+        rows = [[label, flops(costs[key]), _share(costs[key] / costs["budget"])] for key, label in labels.items()]
+        return Table(f"Training FLOPs ({COUNTED})", ["stage", "FLOPs", "share of the budget"], rows)
+
+
+def read_plan(folder: Path) -> Row:
+    """`search/plan.json` of a run folder.
+
+    Raises:
+        UserError: When it is missing or damaged.
+    """
+    path = folder / PLAN
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan["groups"], plan["boundaries"], plan["base_flops"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; give the folder of a run with `experts: {{type: tdc}}`") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no plan; put back a good copy, or remove it and resume the run") from None
+    return plan
+
+
+def experts(folder: RunFolder) -> ExpertRun | None:
+    """What the run's experts tell; None where no groups were made."""
+    return ExpertRun(folder) if folder.has(PLAN) else None
+
+
+def plan_groups(plan: Row) -> tuple[Group, ...]:
+    """The groups of a plan."""
+    return tuple(
+        Group(of["number"], tuple(of["log_sigma"]), tuple(of["train"]), of["ratio"], of["steps"])
+        for of in plan["groups"]
+    )
+
+
+def _held_out(folder: Path) -> list[Row]:
+    return RunFolder(folder).metrics("held_out") if folder.is_dir() else []
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else number(value)
