@@ -110,7 +110,7 @@ class LanguageModel:
         self, task: Task, shown: Sequence[Trial], count: int, later: list[Message]
     ) -> tuple[list[Message], int]:
         """The conversation, without as many of the oldest trials (the best goes last) as its length asks for."""
-        best = min(shown, key=_rank, default=None)
+        best = min(shown, key=lambda trial: trial.loss, default=None)
         order = sorted(shown, key=lambda trial: (trial is best, trial.round, trial.number))
         for left_out in range(len(order) + 1):
             messages = [*conversation(task, order[left_out:], count), *later]
@@ -139,7 +139,7 @@ def conversation(task: Task, shown: Sequence[Trial], count: int) -> list[Message
         lines.append(f"{number}: {unit.path}, {unit.kind}, {unit.atoms}, {share:.2%}, {importance:.3g}{inside}")
     lines += ["", f"Allowed shares: {', '.join(map(str, task.levels))}", ""]
     lines.append("Plans measured so far, as fitted to the budget:" if shown else "No plan has been measured so far.")
-    best = min((trial.loss for trial in shown if math.isfinite(trial.loss)), default=math.nan)
+    best = min((trial.loss for trial in shown), default=math.nan)
     for trial in shown:
         shares = [round(kept / unit.atoms, 3) for kept, unit in zip(trial.kept, units.units, strict=True)]
         ratio, above = trial.flops / task.target, trial.loss - best
@@ -195,7 +195,3 @@ def _check(plans: Any, count: int, units: int, levels: Sequence[float]) -> tuple
         else:
             valid.append(tuple(float(min(max(share, min(levels)), max(levels))) for share in plan))
     return valid[:count], ", ".join(problems[:3])
-
-
-def _rank(trial: Trial) -> float:
-    return trial.loss if math.isfinite(trial.loss) else math.inf
