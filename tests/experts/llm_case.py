@@ -6,11 +6,12 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
-from analytic import Linear
+from diffusers import UNet2DModel
 
 from entrecipes.experts.llm import LanguageModel
 from entrecipes.experts.memory import Trial
 from entrecipes.experts.proxy_pruning import Task
+from entrecipes.experts.units import Unit, Units
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 PLAN = (0.5, 0.75, 1.0)
@@ -19,13 +20,12 @@ GOOD = '{"plans": [[0.5, 0.75, 1.0]]}'
 
 def task() -> Task:
     """Three units, a budget of half."""
-    fields = ("path", "kind", "atoms", "flops", "parent")
     rows = [
-        ("down.0", "widths", 8, 50.0, None),
-        ("mid", "blocks", 1, 200.0, None),
-        ("mid.ff", "feed_forward", 4, 25.0, 1),
+        Unit("down.0", "widths", 8, 4, 50.0),
+        Unit("mid", "blocks", 1, 0, 200.0),
+        Unit("mid.ff", "feed_forward", 4, 8, 25.0, parent=1),
     ]
-    units = Linear(tuple(SimpleNamespace(**dict(zip(fields, row, strict=True))) for row in rows), rest=300.0)
+    units = Units(tuple(rows), base_flops=1000.0, model_class=UNet2DModel)
     group = SimpleNamespace(number=1, log_sigma=(-math.log(10), math.log(10)))
     return Task(group, units, (0.9, 0.3, 0.25), target=500.0, base_loss=0.0625, seed=0, levels=LEVELS)
 

@@ -8,18 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from analytic import Linear, Problem
+from analytic import Problem
 from llm_case import GOOD, PLAN, SHOWN, ask, task
 
 from entrecipes.errors import UserError
 from entrecipes.experts.llm import LanguageModel, conversation
 from entrecipes.experts.memory import MemoryBank
-from entrecipes.experts.proxy_pruning import Task, search
+from entrecipes.experts.proxy_pruning import search
 from entrecipes.recipe.experts import LanguageModelProposer, Search
 
 
@@ -236,9 +237,7 @@ def test_an_endpoint_must_be_an_address(endpoint):
 
 def test_a_search_goes_on_without_the_model(server):
     problem = Problem(0, units=3)
-    rows = [SimpleNamespace(**vars(unit), parent=None) for unit in problem.units.units]
-    group = SimpleNamespace(number=0, log_sigma=(-1.0, 1.0))
-    new = Task(group, Linear(tuple(rows), problem.units.rest), [1, 2, 3], problem.target, base_loss=0.5, seed=0)
+    new = replace(problem.task(), group=SimpleNamespace(number=0, log_sigma=(-1.0, 1.0)))
     proposer = server.proposer('{"plans": [[1, 0.5, 0.25], [0.25, 1, 0.5]]}', "No.", reply(b"", 500), repairs=0)
     bank = MemoryBank()
     search(Search(rounds=3, candidates=3), new, problem.evaluate, bank, proposer)

@@ -127,11 +127,12 @@ def conversation(task: Task, shown: Sequence[Trial], count: int) -> list[Message
         "A diffusion model is pruned to a network that serves only noise levels with a signal-to-noise ratio between "
         f"{snr[0]:.1f} dB and {snr[1]:.1f} dB. Its budget is {task.target:.4g} FLOPs per forward pass, "
         f"{task.target / units.base_flops:.1%} of the whole model's {units.base_flops:.4g}. A plan says for each unit "
-        "which share of its atoms stays (a single atom stays or goes). Plans are fitted to the budget before they are "
-        "measured, so what counts is which units keep more than others. "
+        "which share of its atoms stays. Only the ratios between a plan's shares matter: they are scaled together "
+        "until the network costs its budget. A unit of kind blocks goes where its share is below half of the largest. "
         f"The unpruned model's loss on these noise levels is {task.base_loss:.5g}.",
         "",
-        "Units: number, path, kind, atoms, share of the model's FLOPs, importance (the higher, the more it matters)",
+        "Units: number, path, kind, atoms, share of the model's FLOPs (without units inside it), importance (the "
+        "higher, the more it matters)",
     ]
     for number, (unit, importance) in enumerate(zip(units.units, task.importance, strict=True)):
         inside = "" if unit.parent is None else f", inside unit {unit.parent}"
