@@ -66,13 +66,16 @@ def _through_accelerate(args: argparse.Namespace) -> int:
 def _train(loaded: LoadedRecipe, speaks: bool) -> int:
     from entrecipes.training.launch import Interrupted, run_recipe
 
+    carry_out: Any = run_recipe
+    if loaded.recipe.experts.type == "tdc":
+        from entrecipes.training.experts import run_experts as carry_out
     show = _Progress(loaded) if speaks and sys.stdout.isatty() else _print_row
     try:
-        folder = run_recipe(loaded, listener=show)
+        folder = carry_out(loaded, listener=show)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
-    if speaks:
+    if speaks and folder:
         _print_ending(folder)
     return 0
 
@@ -93,6 +96,8 @@ class _Progress:
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["kind"] == "start":
+            self.bar.total = row.get("of", self.bar.total)
+            self.bar.set_description(row.get("part"))
             self.bar.initial = self.bar.n = row["images"]
         elif row["kind"] == "train":
             self.bar.update(min(row["images"], self.bar.total) - self.bar.n)
@@ -126,7 +131,13 @@ def _print_ending(folder: Path) -> None:
 def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
     from entrecipes.training.dry_run import dry_run
 
-    estimate = dry_run(loaded.recipe)
+    experts: list[str] = []
+    if loaded.recipe.experts.type == "tdc":
+        from entrecipes.training.experts import dry_run_experts
+
+        estimate, experts = dry_run_experts(loaded.recipe)
+    else:
+        estimate = dry_run(loaded.recipe)
     if not speaks:
         return 0
     minutes = estimate.training_seconds / 60
@@ -140,6 +151,8 @@ def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
         "speed": f"{estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training",
     }.items():
         print(f"{what:12} {value}")
+    for line in experts:
+        print(f"experts      {line}")
     for what in estimate.beginnings:
         print(f"begins       {what}; speed and memory are of that")
     if estimate.pruning:

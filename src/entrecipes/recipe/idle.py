@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from entrecipes.recipe.blocks import EntProgSection, StagedBlocksSection
 from entrecipes.recipe.data import FolderData, HubData, PreparedData, VideoData
+from entrecipes.recipe.experts import TdcSection
 from entrecipes.recipe.prune import UNMEASURED, EntPrunerSection, RankedKeys
 from entrecipes.recipe.schema import Recipe
 
@@ -15,7 +16,9 @@ _METRIC_KEYS = ("features", "samples", "reference", "reference_samples")
 
 def idle_keys(recipe: Recipe) -> dict[str, str]:
     """Dotted keys without effect in this recipe, set or not, each with the reason."""
-    return dict([*_model(recipe), *_blocks(recipe), *_pruning(recipe), *_data(recipe), *_measuring(recipe)])
+    return dict(
+        [*_model(recipe), *_blocks(recipe), *_pruning(recipe), *_experts(recipe), *_data(recipe), *_measuring(recipe)]
+    )
 
 
 def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -78,6 +81,30 @@ def _pruning(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "prune.vote.batches", "with vote.zico: 0"
     if votes and not votes.cost:
         yield "prune.vote.measure", "with vote.cost: 0"
+
+
+def _experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    experts = recipe.experts
+    if not isinstance(experts, TdcSection):
+        return
+    if not experts.prunes:
+        yield "experts.search", "when no expert is smaller than the base"
+    elif experts.search.criterion != "diff_pruning":
+        yield "experts.search.threshold", f"with criterion: {experts.search.criterion}"
+    if experts.search.units == ("blocks",):
+        yield "experts.search.criterion", "with whole blocks only"
+    if experts.search.recovery.steps == 0:
+        yield "experts.search.recovery.batch_size", "with recovery.steps: 0"
+        yield "experts.search.recovery.learning_rate", "with recovery.steps: 0"
+    if experts.search.proposer.type in ("uniform", "random", "sensitivity") and experts.search.memory:
+        yield "experts.search.memory", f"with the proposer {experts.search.proposer.type}, which looks at none"
+    yield "experts.search.draws.gate_pivot", "on the search, which measures the loss"
+    if experts.groups == 1:
+        yield "experts.by", "with one group"
+        yield "experts.overlap", "with one group"
+        yield "experts.k", "with one group, which gets ratios or mean"
+    if experts.ratios or experts.groups == 1:
+        yield "experts.big_end", "with ratios" if experts.ratios else "with one group"
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, EntProgSec
 from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
 from entrecipes.recipe.data import DataSection
 from entrecipes.recipe.evaluation import METRICS, Evaluation
-from entrecipes.recipe.experts import ExpertsSection, OneNetworkSection
+from entrecipes.recipe.experts import ExpertsSection, MemberSection, OneNetworkSection, TdcSection
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
 from entrecipes.recipe.prune import NoPruningSection, PruneSection
@@ -65,7 +65,7 @@ class Recipe(Section):
             and not (self.data.held_out or getattr(self.data, "held_out_split", None))
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
-        problems += self._kind_problems() + self._adapter_problems()
+        problems += self._kind_problems() + self._adapter_problems() + self._expert_problems()
         if self.prune.type != "none" and isinstance(self.blocks, StagedBlocksSection):
             numbered = [name for stage in self.blocks.stages for name in stage.train if re.search(r"\d", name)]
             problems += [f"blocks: '{name}' names a block by number, which prune changes" for name in numbered]
@@ -98,6 +98,30 @@ class Recipe(Section):
                 "blocks.adapter.merge: must be true with prune, which removes blocks of the base that an adapter alone "
                 "would be loaded on"
             )
+        return problems
+
+    def _expert_problems(self) -> list[str]:
+        """Experts are whole networks, each of which sees its own noise levels only."""
+        experts = self.experts
+        if isinstance(experts, MemberSection) and self.evaluation.metrics:
+            return [
+                "evaluation.metrics: one expert does not sample alone; leave them to the pipeline of all"
+            ]
+        if not isinstance(experts, TdcSection):
+            return []
+        beside = {
+            "blocks": "all" if self.blocks.type != "all" else None,
+            "blocks.adapter": "none" if self.blocks.adapter.type != "none" else None,
+            "prune": "none" if self.prune.type != "none" else None,
+            "curriculum": "none" if self.curriculum.type != "none" else None,
+        }
+        problems = [
+            f"{key}.type: experts.type tdc trains whole networks and prunes them itself; take {only}"
+            for key, only in beside.items()
+            if only
+        ]
+        if self.data.kind != "images":
+            problems.append(f"experts.type: tdc makes experts for images only so far, not for {self.data.kind}")
         return problems
 
     def _kind_problems(self) -> list[str]:

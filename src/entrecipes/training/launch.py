@@ -50,7 +50,7 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
     if run.accelerator.is_main_process:
         try:
             if resumed is None:
-                _make_room(folder)
+                make_room(folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(loaded.resolved_yaml())
             (folder / "recipe.source.yaml").write_text(loaded.text)
@@ -61,7 +61,7 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
         run.log.start_trackers(loaded.name, recipe.model_dump(mode="json"), folder)
     if resumed:
         logger.info("going on from %s", resumed)
-    with _stopping_at_signals(run):
+    with stopping_at_signals(run):
         train(run)
     if run.stop_requested and run.images < recipe.training.images:
         how = "the same command" if recipe.training.resume == "auto" else "the same command with training.resume=auto"
@@ -71,7 +71,7 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
     return folder
 
 
-def _make_room(folder: Path) -> None:
+def make_room(folder: Path) -> None:
     """Move an earlier run that left anything of worth aside: nothing is mixed, nothing is lost."""
     if listed(folder / "checkpoints") or any((folder / name).exists() for name in ("pipeline", "adapter")):
         number = 1
@@ -84,7 +84,7 @@ def _make_room(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _stopping_at_signals(run: Run) -> Iterator[None]:
+def stopping_at_signals(run: Run) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a stop after the current step; a second one stops at once.
 
     Several processes are left alone: they would not stop at the same step, so their launcher ends them and the last

@@ -27,7 +27,7 @@ from entrecipes.training.tracking import peak_memory_gib
 VERSIONS = ("entrecipes", "torch", "diffusers", "accelerate", "transformers", "datasets", "torchmetrics", "numpy")
 
 
-def publish(run: Run, name: str) -> None:
+def publish(run: Run, name: str, **more: Any) -> None:
     """Write `pipeline/`, `samples/final.png`, `run.json`, the card and the report into the run folder.
 
     Where an adapter was trained beside a base, and is not to be merged, `adapter/` stands in place of `pipeline/`.
@@ -36,6 +36,7 @@ def publish(run: Run, name: str) -> None:
     Args:
         run: A run that has seen all its images.
         name: The recipe's name.
+        more: Further facts for `run.json`.
     """
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
     if run.accelerator.is_main_process:
@@ -44,7 +45,7 @@ def publish(run: Run, name: str) -> None:
         run.pruner.publish(run.folder)
         for path in run.grid_path.parent.glob(f"{run.grid_path.stem}.*"):
             shutil.copyfile(path, path.with_stem("final"))
-        (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak), indent=1))
+        (run.folder / "run.json").write_text(json.dumps(facts(run, name, peak) | more, indent=1))
         write_card(run.folder)
         write_report(run.folder)
     run.accelerator.wait_for_everyone()

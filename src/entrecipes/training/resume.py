@@ -23,6 +23,7 @@ IDENTITY = (
     "blocks.",
     "prune.",
     "curriculum.",
+    "experts.",
     "optimizer.type",
     "training.seed",
     "training.ema",

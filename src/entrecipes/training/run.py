@@ -20,7 +20,7 @@ from entrecipes.data.loader import Batch, batches
 from entrecipes.data.opening import open_data
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.objective import Objective
-from entrecipes.diffusion.pipelines import best_device, load_components
+from entrecipes.diffusion.pipelines import Components, best_device, load_components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
@@ -51,12 +51,15 @@ class Run:
         recipe: What to do.
         folder: The run folder, or None to write nothing at all.
         listener: Called with every log row.
+        parts: A pipeline that is trained already, to be measured and published as this run's.
 
     Raises:
         UserError: For whatever in the recipe, the data or the folder does not fit, before any training.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None, listener: Listener | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path | None, listener: Listener | None = None, parts: Components | None = None
+    ) -> None:
         self.recipe, self.folder = recipe, folder
         training = recipe.training
         check_trackers(training.trackers)
@@ -76,30 +79,30 @@ class Run:
         self.device = self.accelerator.device
         check_launch(recipe.training, self.device, self.world_size)
 
-        self.components = load_components(recipe.pipeline, training.seed)
+        self.components = parts or load_components(recipe.pipeline, training.seed)
+        self.components.path = build("experts", recipe.experts).limited(self.components.path)
         with self.accelerator.main_process_first():  # what the first one caches the others find
             self.data = open_data(recipe.data, self.components, self.device)
         self.space = self.data.space
         self.model = self.components.model.to(self.device)
         self.adapter = build("adapter", recipe.blocks.adapter, model=self.model, seed=training.seed)
         self._prepare_model()
-        self.ema = EmaModel(training.ema, self.model, self.adapter.eligible) if training.ema else None
+        self.ema = EmaModel(training.ema, self.model, self.adapter.eligible) if training.ema and not parts else None
         self.objective = Objective(recipe.objective, self.components.path)
         self.random = StepRandom(
             training.seed, training.batch_size, self.accelerator.process_index, self.world_size, self.device
         )
         self.null_label = self.components.family.null_label(self.model) if training.label_dropout else None
         if training.label_dropout and self.null_label is None:
+            family = self.components.family
             raise UserError(
-                f"training.label_dropout has no effect: {self.components.family.pipeline_class.__name__}, the stock "
-                f"pipeline of {self.components.family.model_class}, has no guidance; remove the key"
+                f"training.label_dropout has no effect: {family.pipeline_class.__name__}, the stock pipeline of "
+                f"{family.model_class}, has no guidance; remove the key"
             )
-
         if recipe.evaluation.guidance_scale != 1 and not training.label_dropout and recipe.pipeline.build:
             logger.warning("evaluation.guidance_scale needs training.label_dropout: no sample trains its null label")
 
-        self.images = 0
-        self.stop_requested = False
+        self.images, self.stop_requested = 0, False
         self.window = Window(3, self.device)
         self.optimizer: Any = None
         self.log = RunLog(folder, self.accelerator, listener)

@@ -39,14 +39,14 @@ def measure_when_due(run: Run, before: int) -> None:
         nats = evaluator.nats(run.eval_model) if nats_due or metrics_due else {}
         if nats_due:
             _log_nats(run, nats)
-        if run.folder and run.due(training.sample_every, before):
+        if run.folder and run.recipe.experts.type != "member" and run.due(training.sample_every, before):
             grid = evaluator.grid(run.eval_model)
             if run.accelerator.is_main_process:
                 save_grid(grid.pictures, run.grid_path, grid.columns, grid.scale, grid.texts)
                 if grid.moving is not None:
                     save_moving(grid.moving, run.grid_path.with_suffix(".gif"), grid.scale)
         if metrics_due:
-            origin = {"images": run.images, "training_seed": training.seed, "ema": run.ema is not None}
+            origin = {"images": run.images, "training_seed": training.seed, "ema": training.ema is not None}
             for metric in evaluator.metrics(run.eval_model, nats, origin):
                 run.log.write("metric", run.images, **asdict(metric))
 

@@ -1,0 +1,280 @@
+"""A TDC run: a base, the search, the experts, and all of them in one published pipeline.
+
+Base and experts are ordinary runs in sub-folders, so that each resumes exactly, and each expert can be launched by
+itself from its own recipe, `experts/NUMBER.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import ModelMixin
+
+from entrecipes.diffusion.pipelines import Components, best_device, load_components, load_pipeline
+from entrecipes.errors import UserError
+from entrecipes.experts.costs import Costs, expected_costs, lines
+from entrecipes.experts.grouping import Group, boundaries, calls, make_groups
+from entrecipes.experts.proxy_pruning import MemoryBank
+from entrecipes.experts.tdc import PLAN, base_recipe, member_recipe, read_plan, search_flops, write_plan
+from entrecipes.experts.units import Units
+from entrecipes.models.experts import TimestepExperts
+from entrecipes.models.slim import to_stock
+from entrecipes.recipe.base import build
+from entrecipes.recipe.changes import HARMLESS, differences
+from entrecipes.recipe.load import LoadedRecipe, dump, load
+from entrecipes.recipe.pipeline import Pipeline
+from entrecipes.recipe.schema import Recipe
+from entrecipes.training.dry_run import Estimate, dry_run
+from entrecipes.training.expert_search import ExpertSearch, one_pass
+from entrecipes.training.launch import Interrupted, make_room, run_folder, run_recipe, stopping_at_signals
+from entrecipes.training.planning import Planned, said
+from entrecipes.training.publish import publish
+from entrecipes.training.run import Run
+from entrecipes.training.telling import measure_when_due
+from entrecipes.training.tracking import Listener
+
+logger = logging.getLogger(__name__)
+
+FREE = (*HARMLESS, "experts.stop_after", "experts.stock", "experts.base")
+"""Beginnings of the keys that may change while a TDC run goes on."""
+
+
+def run_experts(loaded: LoadedRecipe, listener: Listener | None = None) -> Path | None:
+    """Carry out a TDC recipe, or go on with it.
+
+    Args:
+        loaded: The recipe with its name and text.
+        listener: Called with every log row of every part, which it names by `part`.
+
+    Returns:
+        The run folder; None when `experts.stop_after` ended it before the last stage.
+
+    Raises:
+        UserError: For whatever does not fit.
+        Interrupted: On SIGINT or SIGTERM; the same command goes on.
+    """
+    return TdcRun(loaded, listener).go()
+
+
+def expected(recipe: Recipe) -> list[str]:
+    """Groups, budgets and costs in words, as far as they are known before the base is trained.
+
+    Raises:
+        UserError: For budgets that the units of the model can't meet, or a search that leaves nothing to train with.
+    """
+    components, section = load_components(recipe.pipeline, recipe.training.seed), recipe.experts
+    units = Units.of(components.model, section.search.units, one_pass(components))
+    groups = make_groups(section, components.path, None, recipe.evaluation.held_out.gate_pivot)
+    for group in groups:
+        if group.ratio < 1:
+            units.project([group.ratio] * len(units.units), group.ratio * units.base_flops, section.search.tolerance)
+    searched = search_flops(section.search, groups, units.base_flops)
+    guessed = "the groups are those of Gaussian data; the base will show those of this data"
+    try:
+        costs = costs_of(recipe, components, groups, units.base_flops, searched)
+    except UserError as error:
+        if section.by != "information":
+            raise
+        return [f"{guessed}: {error}"]
+    return [guessed] * (section.by == "information") + lines(groups, costs, components.path)
+
+
+def costs_of(
+    recipe: Recipe,
+    components: Components,
+    groups: Sequence[Group],
+    base_flops: float,
+    searched: float,
+    networks: Sequence[float] | None = None,
+) -> Costs:
+    """What the run costs with the recipe's own sampler; `networks` are the experts' FLOPs, when they are found."""
+    scheduler = type(components.scheduler).from_config(components.scheduler.config)
+    scheduler.set_timesteps(recipe.evaluation.steps)
+    steps = calls(boundaries(groups, components.path), scheduler.timesteps)
+    training = recipe.training
+    return expected_costs(
+        recipe.experts, groups, base_flops, training.images, searched, steps, networks, training.batch_size
+    )
+
+
+def dry_run_experts(recipe: Recipe) -> tuple[Estimate, list[str]]:
+    """Try the base out, and say what the whole would cost. Raises UserError for all that a real run would refuse."""
+    return dry_run(base_recipe(recipe, Path("base"))), expected(recipe)
+
+
+class TdcRun:
+    """One TDC run folder on its way."""
+
+    def __init__(self, loaded: LoadedRecipe, listener: Listener | None) -> None:
+        self.loaded, self.recipe, self.listener = loaded, loaded.recipe, listener
+        self.section, self.folder = loaded.recipe.experts, run_folder(loaded)
+        self.state = PartialState(cpu=best_device().type == "cpu")
+        self.stop_requested = False
+        self.world_size = self.state.num_processes
+
+    def go(self) -> Path | None:
+        """All stages, each skipped that is finished already."""
+        self._begin()
+        base = self._base()
+        if self.section.stop_after == "base":
+            return self._stop("the base", "the search")
+        plan = read_plan(self.folder) if (self.folder / PLAN).exists() else self._search(base)
+        recipes = [self.folder / "experts" / f"{group['number']}.yaml" for group in plan["groups"]]
+        if self.section.stop_after == "search":
+            for path in recipes:
+                logger.info("an expert by itself: entrecipes run %s", path)
+            return self._stop("the search", "the experts")
+        for path in recipes:
+            self._stage(load(path), f"expert {path.stem}")
+        if self.section.stop_after == "experts":
+            return self._stop("the experts", "their pipeline")
+        self._publish(plan, base)
+        return self.folder
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        """What the first process makes, or the mistake that it finds, in all processes."""
+        made: Any = None
+        if self.state.is_main_process:
+            try:
+                made = make()
+            except UserError as error:
+                made = error
+        made = broadcast_object_list([made])[0]
+        if isinstance(made, UserError):
+            raise made
+        return made
+
+    # -- stages -----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Check the folder, write the recipe, and say what is to come. Raises UserError for another run's folder."""
+        expectations = expected(self.recipe)
+        if not self.state.is_main_process:
+            return
+        if (self.folder / "base").exists() and self.recipe.training.resume != "never":
+            self._check_continues()
+        else:
+            make_room(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(self.loaded.resolved_yaml())
+            (self.folder / "recipe.source.yaml").write_text(self.loaded.text)
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't write there ({error}); set training.output") from error
+        for line in expectations:
+            logger.info(line)
+
+    def _check_continues(self) -> None:
+        old = load(self.folder / "recipe.yaml").recipe.model_dump(mode="json", by_alias=True)
+        found = differences(old, self.recipe.model_dump(mode="json", by_alias=True))
+        if changes := [change for change in found if not change[0].startswith(FREE)]:
+            raise UserError(
+                f"{self.folder}: holds another run ({said(changes)}). Give this one another training.output, or start "
+                "it afresh there with training.resume=never, which moves the other aside"
+            )
+
+    def _base(self) -> Path:
+        """The run folder of the trained base."""
+        path = self.folder / "base"
+        recipe = base_recipe(self.recipe, path)
+        if self.section.base is None:
+            self._stage(self._written(recipe, self.folder / "base.yaml"), "base")
+            return path
+        given = Path(self.section.base)
+        planned = self._planned(recipe, given)
+        if not planned.finished:
+            why = said(planned.foreign or ()) or "it has not finished"
+            raise UserError(
+                f"experts.base: {given} is no run of this recipe's base ({why}); leave the key out to train it"
+            )
+        return given
+
+    def _stage(self, loaded: LoadedRecipe, part: str) -> None:
+        """Train a part, unless it is finished already."""
+        loaded = replace(loaded, name=f"{self.loaded.name} ({part})")
+        if self._planned(loaded.recipe, run_folder(loaded)).finished:
+            return
+        total = loaded.recipe.training.images
+        tell = self.listener and (lambda row: self.listener({"part": part, "of": total, **row}))
+        run_recipe(loaded, tell)
+
+    def _search(self, base: Path) -> dict[str, Any]:
+        """Find the networks, share out the budget, write the plan and the experts' recipes."""
+        started = time.perf_counter()
+        finder = ExpertSearch(self.recipe, base, self.folder / "search", self.state.device, self.agree)
+        proposer = build("proposer", self.section.search.proposer)
+        bank = MemoryBank(self.folder / "search" / "memory.jsonl" if self.state.is_main_process else None)
+        with stopping_at_signals(self):
+            found = [finder.find(group, bank, proposer, self._check_stop) for group in finder.groups]
+        own = sum(trial.compute for group in finder.groups for trial in bank.trials(group.number))
+        searched = self.agree(lambda: finder.flops + own)
+        networks = [one.best.flops for one in found]
+        costs = costs_of(self.recipe, finder.components, finder.groups, finder.units.base_flops, searched, networks)
+        for group, images in zip(finder.groups, costs.images, strict=True):
+            start = self.folder / "search" / f"start-{group.number}"
+            recipe = member_recipe(self.recipe, group, images, start, self.folder / "experts" / str(group.number))
+            self._written(recipe, self.folder / "experts" / f"{group.number}.yaml")
+        if self.state.is_main_process:
+            borders = boundaries(finder.groups, finder.path)
+            units = [{"path": unit.path, "kind": unit.kind, "atoms": unit.atoms} for unit in finder.units.units]
+            seconds = time.perf_counter() - started
+            write_plan(self.folder, self.section, found, borders, finder.units.base_flops, costs, units, seconds)
+        self.state.wait_for_everyone()
+        return read_plan(self.folder)
+
+    def _publish(self, plan: dict[str, Any], base: Path) -> None:
+        """One pipeline of all experts: measured, with its card and report."""
+        folders = [self.folder / "experts" / str(group["number"]) for group in plan["groups"]]
+        parts = load_components(Pipeline(pretrained=str(base)), self.recipe.training.seed)
+        networks = [parts.family.denoiser(load_pipeline(str(folder))) for folder in folders]
+        parts.model = TimestepExperts(networks, plan["boundaries"])
+        if self.state.is_main_process:
+            shutil.copyfile(base / "metrics.jsonl", self.folder / "metrics.jsonl")
+            self._save_stock(networks)
+        self.state.wait_for_everyone()
+        run = Run(self.recipe, self.folder, self.listener, parts)
+        run.images = self.recipe.training.images
+        records = [json.loads((folder / "run.json").read_text()) for folder in (base, *folders)]
+        run.window.total_seconds = sum(record["seconds_training"] for record in records) + plan["seconds"]
+        measure_when_due(run, 0)
+        publish(run, self.loaded.name, experts={key: plan[key] for key in plan if key not in ("format", "units")})
+        run.accelerator.end_training()
+
+    def _save_stock(self, networks: Sequence[ModelMixin]) -> None:
+        """Each expert as a stock model of the base's size."""
+        shutil.rmtree(self.folder / "stock", ignore_errors=True)
+        if self.section.stock:
+            for number, network in enumerate(networks):
+                to_stock(network).save_pretrained(self.folder / "stock" / f"expert_{number}")
+
+    # -- small things -----------------------------------------------------------------------------------------------
+
+    def _written(self, recipe: Recipe, path: Path) -> LoadedRecipe:
+        """A part's recipe, as a file that can be run by itself."""
+        if self.state.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"# {recipe.description}\n#   entrecipes run {path}\n{dump(recipe)}")
+        self.state.wait_for_everyone()
+        return load(path)
+
+    def _planned(self, recipe: Recipe, folder: Path) -> Planned:
+        resolved = recipe.model_dump(mode="json", by_alias=True)
+        return Planned("", recipe.training.seed, folder, folder / "recipe.yaml", (), resolved)
+
+    def _check_stop(self) -> None:
+        if self.stop_requested:
+            raise Interrupted("stopped in the search; the same command goes on with the trials so far")
+
+    def _stop(self, done: str, following: str) -> None:
+        logger.info(
+            "stopped after %s, as experts.stop_after asks; without it the same command goes on with %s", done, following
+        )
