@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from diffusers import DDIMScheduler, UNet2DModel
 from experts_case import BASE_EXCESS, BORDERS, EXPERT_EXCESS, KEPT, RATIOS, make_experts, plan, trials
 from matplotlib.figure import Figure
 from PIL import Image
 from report_case import gaussian_row
 
+from entrecipes import ExpertsPipeline, SlimUNet2DModel, TimestepExperts
 from entrecipes.errors import UserError
+from entrecipes.models.slim import to_stock
 from entrecipes.report.card import write_card
 from entrecipes.report.experts import experts
 from entrecipes.report.experts_plots import (
@@ -165,6 +171,43 @@ def test_card_and_report_tell_the_experts(run_folder: Path) -> None:
         for name in PICTURES:
             with Image.open(folder / "assets" / f"{name}.png") as image:
                 assert image.width == 960 and len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def save_experts(folder: Path) -> None:
+    """A pipeline of two experts, one of them narrower, and both as stock models."""
+    net = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=10,
+    )  # fmt: skip
+    narrow = SlimUNet2DModel(**net.config, widths={"down_blocks.0.resnets.0": 4})
+    ExpertsPipeline(TimestepExperts([narrow, net], [500.0]), DDIMScheduler()).save_pretrained(folder / "pipeline")
+    for number, expert in enumerate((to_stock(narrow), net)):
+        expert.save_pretrained(folder / "stock" / f"expert_{number}")
+
+
+def test_every_snippet_of_the_card_runs(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_experts(run_folder)
+    save_experts(run_folder)
+    monkeypatch.chdir(run_folder.parents[1])
+    routed, bare, alone, stock = re.findall("```python\n(.*?)```", write_card(run_folder).read_text(), re.DOTALL)
+    exec(routed.replace("num_inference_steps=20", "num_inference_steps=2"), {})
+    with Image.open("samples.png") as image:
+        assert image.size == (640, 64) and np.asarray(image).std() > 0
+    classes = []
+    for code in (alone, stock):
+        exec(code, names := {})
+        classes.append(type(names["expert"]).__name__)
+    assert classes == ["SlimUNet2DModel", "UNet2DModel"]
+
+    bare += "image = pipeline([3], num_inference_steps=2).images[0]\nimage.save('bare.png')\n"
+    code = f"import sys\nsys.modules['entrecipes'] = None\n{bare}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and Path("bare.png").is_file(), done.stderr
+
+    assert "stock/expert_0" in write_card(run_folder, repo_id="someone/experts").read_text()
+    card = (run_folder / "README.md").read_text()
+    assert 'from_pretrained("someone/experts", subfolder="denoiser/expert_0")' in card
+    assert 'folder = "someone/experts"' in card
 
 
 def test_a_torn_memory_is_read_and_a_damaged_file_is_named(trained: Path) -> None:

@@ -160,7 +160,8 @@ def _arguments(run: dict[str, Any], count: int) -> list[str]:
         asked = [*labels, f"guidance_scale={pipeline['guidance_scale']}"]
     else:
         asked = [f"batch_size={count}", *labels]
-        asked += [f"guidance_scale={pipeline['guidance_scale']}"] * routes(run)
+        if routes(run) and pipeline["guidance_scale"] != 1:
+            asked += [f"guidance_scale={pipeline['guidance_scale']}"]
     return [*asked, f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
 
 
