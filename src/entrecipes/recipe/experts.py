@@ -65,12 +65,12 @@ class LanguageModelProposer(Section):
     from the environment variable `OPENAI_API_KEY`, where that is set."""
     temperature: float = Field(0.0, ge=0)
     """Of the sampling; 0 takes the likeliest answer."""
-    max_new_tokens: int = Field(512, ge=16)
-    """Longest answer."""
+    max_new_tokens: int = Field(2048, ge=16)
+    """Longest answer: a plan takes about six tokens a unit."""
     repairs: int = Field(2, ge=0)
     """How often an answer that is no plan is sent back with what is wrong."""
     timeout: float = Field(60.0, gt=0)
-    """Seconds to wait for an answer of the endpoint."""
+    """Seconds to wait for each answer of the endpoint."""
 
 
 ProposerSection = union("proposer")
