@@ -13,8 +13,8 @@ bare module, not its distributed wrapper.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -121,9 +121,22 @@ def flops(call: Callable[[], Any]) -> int:
 
     Attention is counted in its plain form, since torch's counter knows no operations of the fused kernels of CPUs.
     """
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    return flops_within(call, {})[0]
+
+
+def flops_within(call: Callable[[], Any], modules: Mapping[str, nn.Module]) -> tuple[int, dict[str, int]]:
+    """As `flops`, and those of each of these modules, by the same names."""
+    counts = dict.fromkeys(modules, 0)
+
+    def add(name: str, sign: int) -> Callable[..., None]:
+        return lambda *_: counts.update({name: counts[name] + sign * counter.get_total_flops()})
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(add(name, -1)).remove)
+            hooks.callback(module.register_forward_hook(add(name, 1)).remove)
         call()
-    return counter.get_total_flops()
+    return counter.get_total_flops(), counts
 
 
 @dataclass(frozen=True)
