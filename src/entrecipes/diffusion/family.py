@@ -73,7 +73,7 @@ class Family(ABC):
         pipeline = self.assemble(model, scheduler, vae)
         if not hasattr(model, "experts"):
             return pipeline
-        from entrecipes.models.experts import ExpertsPipeline
+        from entrecipes.models.experts_pipeline import ExpertsPipeline
 
         return ExpertsPipeline(denoiser=model, scheduler=scheduler, vae=getattr(pipeline, "vae", None))
 
