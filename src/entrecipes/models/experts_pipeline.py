@@ -42,7 +42,9 @@ class ExpertsPipeline(DiffusionPipeline):
     def __init__(self, denoiser: ModelMixin, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
-        self.processor = VaeImageProcessor(vae_scale_factor=1, resample="bicubic")
+        self.processor = VaeImageProcessor(
+            resample="bicubic", vae_latent_channels=0
+        )  # 0: it takes no image for latents
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save all parts, and this file as `pipeline.py`; options are diffusers' own.
@@ -112,7 +114,7 @@ class ExpertsPipeline(DiffusionPipeline):
         labels = None if labels is None else labels.expand(count)
         self._set_timesteps(num_inference_steps, sigmas, timesteps)
         calls = self.scheduler.timesteps.cpu()  # read once: what is asked of them below waits for no accelerator
-        route = self._route(calls.tolist(), num_inference_steps, experts, shares)
+        route = self._route(calls.tolist(), experts, shares)
         x, first = self._start(start, count, calls, strength, generator)
         step = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)  # flow schedulers have none
@@ -150,7 +152,13 @@ class ExpertsPipeline(DiffusionPipeline):
         classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
         if (classes is None) != (labels is None):
             raise ValueError("class_labels: " + ("one an image is needed" if classes else "there are no classes"))
-        return None if labels is None else torch.as_tensor(labels, device=self._execution_device).reshape(-1)
+        if labels is None:
+            return None
+        labels = torch.as_tensor(labels).reshape(-1)
+        last = classes if config.get("num_embeds_ada_norm") else classes - 1  # a DiT's last is the null label
+        if labels.min() < 0 or labels.max() > last:
+            raise ValueError(f"class_labels {labels.tolist()}: give numbers from 0 to {classes - 1}")
+        return labels.to(self._execution_device)
 
     def _count(self, batch_size: int | None, generator: Generators, *given: Tensor | None) -> int:
         counts = {len(rows) for rows in given if rows is not None} | ({batch_size} - {None})
@@ -172,17 +180,20 @@ class ExpertsPipeline(DiffusionPipeline):
                 raise ValueError(f"{key}: {name} makes its own; give num_inference_steps, or take another scheduler")
         self.scheduler.set_timesteps(**(grid or {"num_inference_steps": steps}), device=self._execution_device)
 
-    def _route(self, calls: list[float], steps: int, experts: Any, shares: Any) -> list[int]:
+    def _route(self, calls: list[float], experts: Any, shares: Any) -> list[int]:
         """The number of the expert for each call of the model."""
         number = len(self.denoiser.experts)
         if experts is not None and shares is not None:
             raise ValueError("give `experts` or `shares`, not both")
         if experts is not None:
-            if len(experts) not in (len(calls), steps):
-                raise ValueError(f"experts: {len(experts)} for {steps} steps ({len(calls)} calls); give one for each")
-            return [int(experts[call * len(experts) // len(calls)]) for call in range(len(calls))]
+            order = self.scheduler.order  # calls a step; the last step may have one
+            steps = -(-len(calls) // order)
+            if len(experts) not in (len(calls), steps) or not set(experts) <= set(range(number)):
+                wanted = f"one of 0 to {number - 1} for each of {steps} steps or {len(calls)} calls of the model"
+                raise ValueError(f"experts {list(experts)}: give {wanted}")
+            return [experts[call if len(experts) == len(calls) else call // order] for call in range(len(calls))]
         if shares is not None:
-            if len(shares) != number or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            if len(shares) != number or min(shares) < 0 or not abs(sum(shares) - 1) < 1e-6:
                 raise ValueError(f"shares {list(shares)}: give {number}, one an expert, that sum to 1")
             ends = list(accumulate(shares))[:-1]
             return [sum((call + 0.5) / len(calls) >= end for end in ends) for call in range(len(calls))]
@@ -199,9 +210,8 @@ class ExpertsPipeline(DiffusionPipeline):
             return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0  # flow schedulers don't name it
         if not 0 < strength <= 1:
             raise ValueError(f"strength {strength}: give a share of the steps, above 0 and at most 1")
-        order = scheduler.order  # calls a step
-        steps = (len(calls) + order - 1) // order
-        first = order * (steps - max(1, int(steps * strength + 0.5)))
+        steps = -(-len(calls) // scheduler.order)
+        first = scheduler.order * (steps - max(1, int(steps * strength + 0.5)))
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         image, timestep = image.expand(noise.shape), calls[first].expand(count)
@@ -216,6 +226,8 @@ class ExpertsPipeline(DiffusionPipeline):
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = config.sample_size * factor
         pixels = self.processor.preprocess(_as_mode(image, "L" if channels == 1 else "RGB"), side, side)
+        if pixels.shape[1] != channels:
+            raise ValueError(f"image: {pixels.shape[1]} channels, but the experts know images of {channels}")
         pixels = pixels.to(self._execution_device, self.denoiser.dtype)
         if self.vae is None:
             return pixels
