@@ -5,65 +5,39 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from entrecipes.errors import UserError
+from entrecipes.experts.memory import Trial
+from entrecipes.experts.projection import Projection
 from entrecipes.experts.proxy_pruning import Measured, MemoryBank, Task, search
 from entrecipes.recipe.base import build, choice
 from entrecipes.recipe.experts import Search
 
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit with a linear cost."""
-
-    path: str
-    flops: float
-    atoms: int = 16
-    kind: str = "widths"
+ATOMS = 16
 
 
-@dataclass(frozen=True)
 class Linear:
-    """Units with a linear cost, exact; what else the network does costs `rest`."""
+    """Units that cost the same for each atom, and what else there is; fitted to budgets as real ones are."""
 
-    units: tuple[Unit, ...]
-    rest: float
-
-    @property
-    def base_flops(self) -> float:
-        """FLOPs of the whole network."""
-        return self.flops([unit.atoms for unit in self.units])
-
-    @property
-    def least(self) -> float:
-        """FLOPs with one atom in each unit."""
-        return self.flops([1] * len(self.units))
+    def __init__(self, costs: Sequence[float], rest: float) -> None:
+        parts = [(f"unit{u}", float(cost)) for u, cost in enumerate(costs)]
+        same = {"kind": "widths", "atoms": ATOMS, "parent": None}
+        self.units = tuple(SimpleNamespace(path=path, flops=cost, **same) for path, cost in parts)
+        self.base_flops = rest + ATOMS * float(sum(costs))
+        outside, no = np.full(len(parts), -1), np.zeros(len(parts), dtype=bool)
+        atoms = np.full(len(parts), ATOMS)
+        self.projection = Projection(atoms, np.array(costs), outside, no, (), self.base_flops)
 
     def flops(self, kept: Sequence[int]) -> float:
         """FLOPs with so many atoms."""
-        return self.rest + sum(unit.flops * number for unit, number in zip(self.units, kept, strict=True))
+        return self.projection.flops(np.array(kept))
 
     def project(self, shares: Sequence[float], target: float, tolerance: float) -> tuple[int, ...]:
-        """Shift all shares by the same amount until the cost is right, then round."""
-        if self.least > target * (1 + tolerance):
-            raise UserError(f"units: the least is {self.least}")
-        atoms = np.array([unit.atoms for unit in self.units])
-        low, high = -1.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            kept = np.clip(np.round((np.array(shares) + middle) * atoms), 1, atoms).astype(int)
-            low, high = (low, middle) if self.flops(kept) > target else (middle, high)
-        kept = np.clip(np.round((np.array(shares) + low) * atoms), 1, atoms).astype(int).tolist()
-        for unit in sorted(range(len(kept)), key=lambda unit: self.units[unit].flops):
-            if kept[unit] < atoms[unit] and abs(self.flops(kept) / target - 1) > tolerance:
-                kept[unit] += 1
-        assert abs(self.flops(kept) / target - 1) <= tolerance
-        return tuple(kept)
+        """See `Units.project`."""
+        return self.projection.project(np.array(shares), target, tolerance)
 
 
 class Problem:
@@ -79,13 +53,13 @@ class Problem:
         rng = np.random.default_rng([17, seed])
         self.a = 10 ** rng.uniform(-1.5, 0.5, units) / units
         costs = 10 ** rng.uniform(-0.5, 0.5, units)
-        self.units = Linear(tuple(Unit(f"unit{u}", float(cost)) for u, cost in enumerate(costs)), rest=10.0)
+        self.units = Linear(costs, rest=10.0)
         self.target = ratio * self.units.base_flops
         self.measured: list[tuple[int, ...]] = []
 
     def shares(self, kept: Sequence[int]) -> np.ndarray:
         """Atoms as shares."""
-        return np.array(kept) / [unit.atoms for unit in self.units.units]
+        return np.array(kept) / ATOMS
 
     def loss(self, kept: Sequence[int]) -> float:
         """Of a network with so many atoms."""
@@ -96,14 +70,15 @@ class Problem:
         self.measured.append(kept)
         return Measured(self.loss(kept), float(sum(kept)))
 
-    def optimum(self, least: float = 1 / 16) -> float:
+    def optimum(self) -> float:
         """The least loss at the budget, with shares of any fineness."""
         costs = np.array([unit.flops * unit.atoms for unit in self.units.units])
+        rest = self.units.base_flops - costs.sum()
         low, high = 0.0, 1e6
         for _ in range(200):
             pressure = (low + high) / 2
-            shares = np.clip(1 - pressure * costs / self.a, least, 1)
-            low, high = (pressure, high) if self.units.rest + costs @ shares > self.target else (low, pressure)
+            shares = np.clip(1 - pressure * costs / self.a, 1 / ATOMS, 1)
+            low, high = (pressure, high) if rest + costs @ shares > self.target else (low, pressure)
         return float(0.5 + self.a @ (1 - shares) ** 2)
 
     def task(self, seed: int = 0, group: int = 0) -> Task:
@@ -124,7 +99,9 @@ def section(proposer: str = "evolution", **keys: object) -> Search:
     return Search(proposer={"type": proposer}, **keys)
 
 
-def run(problem: Problem, how: Search, path: Path | None = None, seed: int = 0, evaluate: Callable | None = None):
+def run(
+    problem: Problem, how: Search, path: Path | None = None, seed: int = 0, evaluate: Callable | None = None
+) -> tuple[Trial, MemoryBank]:
     """Search; gives the best trial and the bank."""
     bank = MemoryBank(path)
     proposer = build("proposer", how.proposer)

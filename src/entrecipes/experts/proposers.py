@@ -59,11 +59,11 @@ class Random:
 class Sensitivity:
     """Halve each unit in turn, then keep more of what hurts more per FLOP.
 
-    First come plans that are uniform but for one unit, which keeps half as much (the units with the most FLOPs first;
-    at most half of the search's trials). They are trials as any other, at the budget: projection gives the others what
-    the one gave up. Then the losses of all trials are fitted by c + sum_u a_u (1 - share_u)^2, a_u >= 0, drawn to the
-    criterion's importance where the trials say little, and the shares that minimise this at the budget are proposed,
-    with milder and stricter ones. When a new fit gives nothing new, the search ends.
+    First come plans that are uniform but for one unit, which keeps half as much, or is a block that goes; the units
+    with the most FLOPs first, for at most half of the search. They are trials as any other, at the budget: projection
+    gives the others what the one gave up. Then the losses of all trials are fitted by c + sum_u a_u (1 - share_u)^2,
+    a_u >= 0, drawn to the criterion's importance where the trials say little, and the shares that minimise this at the
+    budget are proposed, with milder and stricter ones. When a new fit gives nothing new, the search ends.
     """
 
     name, last_note, when_short, whole_memory = "sensitivity", "", "stop", True
@@ -75,9 +75,10 @@ class Sensitivity:
         self, task: Task, round: int, shown: Sequence[Trial], count: int, rng: np.random.Generator
     ) -> list[Shares]:
         """The plans that halve a unit, as far as they are not shown, then those of the fit."""
-        shares = task.uniform()
-        units = sorted(range(len(shares)), key=lambda unit: -_costs(task)[unit])
-        probes = [(*shares[:u], shares[u] / 2, *shares[u + 1 :]) for u in units[: task.rounds * task.candidates // 2]]
+        shares, savings = task.uniform(), _savings(task)
+        units = sorted(range(len(shares)), key=lambda unit: -savings[unit])
+        halves = [0.0 if unit.kind == "blocks" else shares[u] / 2 for u, unit in enumerate(task.units.units)]
+        probes = [(*shares[:u], halves[u], *shares[u + 1 :]) for u in units[: task.rounds * task.candidates // 2]]
         measured = {trial.shares for trial in shown}
         need = _fitted_need(task, shown)
         return [probe for probe in probes if probe not in measured] + [_fill(task, need, power) for power in POWERS]
@@ -86,7 +87,7 @@ class Sensitivity:
 class Evolution:
     """Mu + lambda: children of tournament winners among the plans in memory, by uniform crossover and mutation.
 
-    It begins from the uniform plan and from two that follow the criterion's importance.
+    It begins from the uniform plan and from two that follow the criterion's importance; mu = lambda = `candidates`.
     """
 
     name, last_note, when_short = "evolution", "", "again"
@@ -100,7 +101,7 @@ class Evolution:
         """The seeds in round 0, then children of the best of `shown`, or of the seeds where nothing is shown."""
         need = _importance(task)
         seeds = [task.uniform(), _fill(task, need, 1.0), _fill(task, need, 0.5)]
-        best = sorted(shown, key=lambda trial: -trial.reward)
+        best = sorted(shown, key=lambda trial: -trial.reward)[: max(2, task.candidates)]
         # what the network really has, after projection, is what gave the reward
         parents = [_kept_shares(task, trial) for trial in best] or [np.array(seed) for seed in seeds]
         children = [self._child(task, parents, bool(best), rng) for _ in range(count)]
@@ -126,11 +127,13 @@ class Evolution:
 class Tpe:
     """Tree-structured Parzen estimator (Bergstra et al. 2011), by optuna: a new study of the trials shown each time.
 
+    It is shown all trials where it is shown any: it compares where good and bad ones lie.
+
     Raises:
         UserError: If optuna is not installed.
     """
 
-    name, last_note, when_short = "tpe", "", "again"
+    name, last_note, when_short, whole_memory = "tpe", "", "again", True
 
     def __init__(self, section: TpeProposer) -> None:
         try:
@@ -169,8 +172,18 @@ def _kept_shares(task: Task, trial: Trial) -> np.ndarray:
 
 
 def _costs(task: Task) -> np.ndarray:
-    """FLOPs of each unit of the base [units]."""
+    """FLOPs of each unit of the base, a block's without what is in it [units]."""
     return np.array([unit.flops * unit.atoms for unit in task.units.units])
+
+
+def _savings(task: Task) -> np.ndarray:
+    """FLOPs that go with each unit of the base: with a block, those in it, too; above 0 [units]."""
+    costs = _costs(task)
+    savings = costs.copy()
+    for unit, cost in zip(task.units.units, costs, strict=True):
+        if unit.parent is not None:
+            savings[unit.parent] += cost
+    return np.maximum(savings, 1e-3 * savings.max())
 
 
 def _importance(task: Task) -> np.ndarray:
@@ -192,10 +205,10 @@ def _neighbour(task: Task, unit: int, share: float, up: bool) -> float:
 def _fill(task: Task, need: np.ndarray, power: float) -> Shares:
     """Water-filling: the shares that minimise sum_u need_u (1 - share_u)^2 at the budget, for power 1.
 
-    Its condition is 1 - share_u = pressure * cost_u / need_u within the range of levels; `power` is that of the ratio.
+    Its condition is 1 - share_u = pressure * FLOPs_u / need_u within the range of levels; `power` is that of the ratio.
     """
     costs = _costs(task)
-    ratio = (costs / np.maximum(need, 1e-3 * need.max())) ** power
+    ratio = (_savings(task) / np.maximum(need, 1e-3 * need.max())) ** power
     budget = task.target - (task.units.base_flops - costs.sum())
     weak, strong = 0.0, 1 / ratio.min()
     for _ in range(60):

@@ -57,10 +57,10 @@ class Task:
     candidates: int = Search().candidates
 
     def uniform(self) -> tuple[float, ...]:
-        """The one share of every unit that costs `target`, before projection."""
+        """The one share of every unit that costs `target`, before projection; blocks go only where they must."""
         variable = sum(unit.flops * unit.atoms for unit in self.units.units)
-        share = 1 - (self.units.base_flops - self.target) / variable
-        return (min(max(share, 0.0), 1.0),) * len(self.units.units)
+        share = min(max(1 - (self.units.base_flops - self.target) / variable, 0.0), 1.0)
+        return tuple(max(share, 0.5) if unit.kind == "blocks" else share for unit in self.units.units)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,12 @@ def _propose(section: Search, task: Task, number: int, bank: MemoryBank, propose
             if len(plans) == section.candidates:
                 return
             shares = tuple(float(share) for share in shares)
-            kept = tuple(task.units.project(shares, task.target, section.tolerance))
+            try:
+                kept = tuple(task.units.project(shares, task.target, section.tolerance))
+            except UserError:
+                if name == "uniform":
+                    raise
+                continue  # where units are coarse, there may be nothing near enough to these shares
             if kept not in known:
                 known.add(kept)
                 plans.append(Plan(group, number, len(plans), name, shares, kept, note))
