@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from moving import figures
 from PIL import Image
 from tiny_video import wan, wan_vae
@@ -31,7 +31,8 @@ def commands(path: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn videos with poses, a pixel model of 8 blocks and a latent one as it comes, without condition."""
+    """Drawn videos with poses, a pixel model of 8 blocks and a latent one as it comes, without condition; a VAE of
+    images, as strong as the usual one."""
     folder = tmp_path_factory.mktemp("people")
     clips, keypoints = figures(3, 24, size=16)
     (folder / "videos").mkdir()
@@ -44,6 +45,9 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     latents = wan(num_layers=8, in_channels=4, out_channels=4)
     WanPipeline(None, None, wan_vae(), scheduler, latents).save_pretrained(folder / "latents")
+    down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    vae = AutoencoderKL(3, 3, down, up, [4] * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2)
+    vae.save_pretrained(folder / "vae")
     return folder
 
 
@@ -76,6 +80,8 @@ def embedded(recipe: Recipe, people: Path) -> list[str]:
     if recipe.data.type == "digits":
         return []
     changes = ["data.type=digits", "data.held_out=0.1"]
+    if recipe.pipeline.build.vae:
+        changes += [f"pipeline.build.vae={people / 'vae'}", "data.max_images=40"]
     if recipe.pipeline.build.model.config.get("num_class_embeds"):
         changes.append(f"{config}.num_class_embeds=10")
     if recipe.evaluation.features.type != "efficientnet_lite0":
@@ -95,12 +101,18 @@ def fresh(recipe: Recipe) -> list[str]:
 
 
 def narrow(recipe: Recipe) -> list[str]:
-    """What makes a paper-sized UNet one that steps on a CPU: as deep, but narrow."""
-    widths = recipe.pipeline.build.model.config.get("block_out_channels", []) if recipe.pipeline.build else []
-    if 256 not in widths:
+    """What makes a paper-sized UNet one that steps on a CPU: as deep, but narrow; and a DiT on latents."""
+    build, config = recipe.pipeline.build, "pipeline.build.model.config"
+    widths = build.model.config.get("block_out_channels", []) if build else []
+    if build and build.vae:
+        small = [
+            f"{config}.{key}={n}" for key, n in (("sample_size", 4), ("num_attention_heads", 8), ("num_layers", 4))
+        ]
+    elif 256 in widths:
+        small = [f"{config}.block_out_channels={[32] * len(widths)}"]
+    else:
         return []
-    config = "pipeline.build.model.config"
-    small = [f"{config}.block_out_channels={[32] * len(widths)}", f"{config}.attention_head_dim=8"]
+    small.append(f"{config}.attention_head_dim=8")
     return [*small, "evaluation.held_out.images=4", "evaluation.held_out.noise_levels=4"]
 
 
@@ -110,6 +122,7 @@ def test_header_commands_name_this_recipe_and_dry_run(path, people, capsys, monk
     own = 0
     quick = ["training.batch_size=4", "training.precision=no"]
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ENTRECIPES_HOME", str(tmp_path))
     for words in commands(path):
         arguments = words[2:] if words[0] == "entrecipes" else words[words.index("scripts/train.py") + 1 :]
         loaded = load(arguments[0], arguments[1:])
