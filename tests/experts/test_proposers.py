@@ -202,7 +202,8 @@ def test_every_proposer_searches_a_real_unet(unet, proposer, ratio):
     bank = MemoryBank()
     best = search(how, task, evaluate, bank, build("proposer", how.proposer))
     trials = bank.trials(0)
-    assert len(trials) == (1 if proposer == "uniform" else 12)
+    fewest = {"uniform": 1, "sensitivity": 8}  # these end where they have nothing new
+    assert fewest.get(proposer, 12) <= len(trials) <= (1 if proposer == "uniform" else 12)
     assert {one.proposer for one in trials[1:]} <= {proposer}
     assert all(abs(unet.flops(one.kept) / target - 1) <= 0.02 for one in trials)
     assert best.loss <= trials[0].loss and {unit.kind for unit in unet.units} == {"widths", "heads", "blocks"}
