@@ -91,10 +91,7 @@ class Units:
         """
         if type(model) not in SLIM:
             names = " and ".join(known.__name__ for known in SLIM)
-            raise UserError(
-                f"experts: {names} can be made smaller, {type(model).__name__} can't; build one of those, or set "
-                "experts.k: 1 to keep the experts as large as the base"
-            )
+            raise UserError(f"experts: {names} can be made smaller, {type(model).__name__} can't; build one of those")
         found = _find(model, kinds)
         if not found:
             raise UserError(

@@ -216,7 +216,7 @@ def _gradients(model: nn.Module, weights: list[Tensor], losses: Losses, gib: flo
     if not weights:
         raise UserError("the model has no trainable weights to score; unfreeze some with requires_grad_(True)")
     for group in _groups(weights, gib * 2**30 / len(losses)):
-        with _at_rest(model):
+        with at_rest(model):
             gradients = [torch.autograd.grad(loss(), group, materialize_grads=True) for loss in losses]
         for rows in zip(*gradients, strict=True):
             yield torch.stack(rows).flatten(1).double()
@@ -236,7 +236,7 @@ def _groups(weights: list[Tensor], limit: float) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """Eval mode with gradients; afterwards every module's mode and the global random numbers are what they were."""
     training = [module for module in model.modules() if module.training]
     devices = {weight.device for weight in model.parameters() if weight.is_cuda}
