@@ -15,7 +15,7 @@ from typing import Any
 
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
-from entrecipes.experts.costs import Costs, base_images
+from entrecipes.experts.costs import TRAINING_PASSES, Costs, base_images
 from entrecipes.experts.grouping import Group
 from entrecipes.experts.proxy_pruning import Trial
 from entrecipes.recipe.experts import MemberSection, OneNetworkSection, Search, TdcSection
@@ -51,8 +51,8 @@ class Tdc(OneNetwork):
 def search_flops(section: Search, groups: Sequence[Group], base_flops: float) -> float:
     """What searching the groups' networks takes at most (with `sensitivity` and its probes, about)."""
     draws = section.draws.images * section.draws.noise_levels
-    gradients = 0 if section.criterion in ("magnitude", "random") else 3 * draws
-    trial = 3 * section.recovery.steps * section.recovery.batch_size + draws
+    gradients = 0 if section.criterion in ("magnitude", "random") else TRAINING_PASSES * draws
+    trial = TRAINING_PASSES * section.recovery.steps * section.recovery.batch_size + draws
     trials = section.rounds * section.candidates
     return sum(
         base_flops * (draws + (group.ratio < 1) * (gradients + group.ratio * trial * trials)) for group in groups

@@ -69,7 +69,7 @@ class ExpertRun:
             except json.JSONDecodeError:
                 if place < len(lines):  # the last one has no newline at its end where the run was stopped within it
                     raise UserError(f"{path}:{place}: no JSON; put back a good copy, or remove the line") from None
-        return trials
+        return [row for row in trials if row.get("kind", "trial") == "trial"]
 
     def trials_of(self, group: int) -> list[Row]:
         """The trials of one group."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from entrecipes.experts.criteria import importance, rankings
 from torch import Tensor, nn
 
 from entrecipes.data.opening import open_data
@@ -22,6 +20,8 @@ from entrecipes.evaluation.drawing import draw_x0
 from entrecipes.evaluation.evaluator import evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.scoring import Scoring
+from entrecipes.experts.costs import TRAINING_PASSES
+from entrecipes.experts.criteria import ranked, scores, shares
 from entrecipes.experts.grouping import Group, group_nats, make_groups
 from entrecipes.experts.proxy_pruning import Measured, MemoryBank, Proposer, Task, Trial, search
 from entrecipes.experts.tdc import Found
@@ -130,7 +130,7 @@ class ExpertSearch:
             task = Task(
                 group=group,
                 units=self.units,
-                importance=trials.importance,
+                importance=shares(trials.worth),
                 target=target,
                 base_loss=trials.base_loss,
                 seed=self.recipe.training.seed,
@@ -184,33 +184,23 @@ class GroupTrials:
         return torch.autocast(self.search.device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
     @cached_property
-    def order(self) -> list[Tensor]:
-        """Of each unit's channels, heads or features, the best first."""
-        section = self.section
+    def worth(self) -> list[Tensor]:
+        """What each channel, head and feature is worth to the base in this group, by the criterion."""
+        search, section = self.search, self.section
         if section.criterion not in ("magnitude", "random"):
-            self.search.flops += 3 * self.search.units.base_flops * self.draws
-        return self.search.agree(
-            lambda: rankings(
-                self.search.units,
-                self.search.model,
-                section.criterion,
-                self._losses(),
-                threshold=section.threshold,
-                seed=self.seed,
-            )
+            search.flops += TRAINING_PASSES * search.units.base_flops * self.draws
+        return search.agree(
+            lambda: scores(search.units, search.model, section.criterion, self._losses(), section.threshold, self.seed)
         )
 
     @cached_property
-    def importance(self) -> tuple[float, ...]:
-        """Share of each unit in what its criterion sums up."""
-        return self.search.agree(
-            lambda: importance(
-                self.search.units, self.search.model, self.section.criterion, self._losses(), self.section.threshold
-            )
-        )
+    def order(self) -> list[Tensor]:
+        """Of each unit's channels, heads or features, the best first."""
+        return [ranked(values) for values in self.worth]
 
     def _losses(self) -> list[Callable[[], Tensor]]:
-        """The base's loss at each noise level, from the cleanest, with gradients."""
+        """The base's loss at each noise level, from the cleanest, with gradients; weighted as training draws levels
+        (but for Diff-Pruning, which compares the levels' own losses)."""
         bundle, denoiser = self.scoring.bundle, Denoiser(self.search.model, self.search.family, self.served)
         levels: list[list[Any]] = [[] for _ in bundle.log_sigma]
         for level, batch in bundle.batches(self.search.batch_size):
@@ -218,20 +208,20 @@ class GroupTrials:
 
         def loss(level: int) -> Tensor:
             parts = [self.search.objective(*denoiser(*batch), batch[2])[0].sum() for batch in levels[level]]
-            return sum(parts) * self.weights[level] / len(bundle.x0)
+            weight = 1.0 if self.section.criterion == "diff_pruning" else self.weights[level]
+            return sum(parts) * weight / len(bundle.x0)
 
         return [lambda level=level: loss(level) for level in range(len(levels))]
 
     def measure(self, kept: tuple[int, ...]) -> Measured:
         """The loss of a plan after a short recovery, and the operations spent on it."""
         self.stopped()
-        started = time.perf_counter()
         network = cut(self.search.model, self.search.units, kept, self.order)
         self._recover(network)
         loss = self._loss(network)
         recovery = self.section.recovery
-        passes = 3 * recovery.steps * recovery.batch_size + self.draws
-        return Measured(loss, self.search.units.flops(kept) * passes, time.perf_counter() - started)
+        passes = TRAINING_PASSES * recovery.steps * recovery.batch_size + self.draws
+        return Measured(loss, self.search.units.flops(kept) * passes)
 
     @cached_property
     def batches(self) -> list[Batch]:
