@@ -19,11 +19,10 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
-from .slim import SlimDiTTransformer2DModel, SlimUNet2DModel  # diffusers finds what to copy by this form alone
+from .slim import SLIM  # diffusers finds what to copy by this form alone
 
 INTERFACE = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "num_embeds_ada_norm")
 """Config keys that all experts must agree on: what they are called with and what comes back."""
-SLIM = {cls.__name__: cls for cls in (SlimUNet2DModel, SlimDiTTransformer2DModel)}
 
 
 class TimestepExperts(ModelMixin, ConfigMixin):
@@ -263,7 +262,7 @@ def _surplus(folder: Path, count: int) -> Path | None:
 def _load(source: str, subfolder: str, wanted: dict[str, Any], options: dict[str, Any]) -> ModelMixin:
     """One expert, when it is the one that the config of all describes."""
     place, name = Path(source, subfolder), wanted["_class_name"]
-    found = SLIM.get(name) or getattr(diffusers, name, None)
+    found = {cls.__name__: cls for cls in SLIM.values()}.get(name) or getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise ValueError(f"{place}: no model class {name}; update diffusers, or save the experts again")
     try:
@@ -272,7 +271,7 @@ def _load(source: str, subfolder: str, wanted: dict[str, Any], options: dict[str
     except Exception as error:  # of many kinds, by what the file looks like
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{place}: this expert can't be loaded ({first_line}); copy its folder back") from error
-    differing = [key for key, value in said.items() if key in wanted and wanted[key] != value]
+    differing = [key for key in ("_class_name", *said) if key in wanted and wanted[key] != said[key]]
     if differing:
         raise ValueError(
             f"{place}: another model's expert ({differing[0]} is {said[differing[0]]}, not {wanted[differing[0]]}); "
@@ -281,6 +280,9 @@ def _load(source: str, subfolder: str, wanted: dict[str, Any], options: dict[str
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = [*info["missing_keys"], *info["unexpected_keys"]]
         raise ValueError(f"{place}: its weights are another model's ({keys[0]}); copy the right folder back")
+    for parameter in expert.parameters():
+        if parameter.device.type == "cpu":  # out of the mapped file, where lack of alignment changes the last bits
+            parameter.data = parameter.data.clone()
     return expert
 
 
