@@ -36,9 +36,10 @@ from entrecipes.errors import UserError
 from entrecipes.evaluation.generation import balanced_labels, generate
 from entrecipes.experts.costs import TRAINING_PASSES
 from entrecipes.experts.grouping import Group, row_nats
+from entrecipes.experts.tdc import read_plan
 from entrecipes.information import proxies
 from entrecipes.report.comparison.arms import ArmRun
-from entrecipes.report.experts import plan_groups, read_plan
+from entrecipes.report.experts import plan_groups
 from entrecipes.report.experts_benchmark import markdown
 from entrecipes.training.publish import VERSIONS, device_name
 
@@ -132,7 +133,7 @@ def check_alike(runs: Sequence[ArmRun]) -> None:
             values = [one.facts["pipeline"][key] for one in (first, run)]
             if values[0] != values[1]:
                 raise UserError(
-                    f"{run.folder}: sampled with {key} {values[1]}, but {first.folder} with {values[0]}; give equal ones"
+                    f"{run.folder}: sampled with {key} {values[1]}, but {first.folder} with {values[0]}; give equals"
                 )
         bundles = [[one.held_out[-1][key] for key in ("log_sigma", "gate")] for one in (first, run)]
         data = [(one.facts["data"]["name"], one.facts["data"]["held_out_images"]) for one in (first, run)]
@@ -207,8 +208,7 @@ def measured(run: ArmRun, sampler: Sampler, groups: Sequence[Group]) -> dict[str
         "folder": str(run.folder),
         "nats": row["nats"],
         "group_nats": row_nats(groups, row) if groups else [],
-        "metrics": {name: metric.value for name, metric in run.metrics.items() if name != NATS},
-        "higher_is_better": {name: m.higher_is_better for name, m in run.metrics.items() if name != NATS},
+        "metrics": {name: metric.to_json() for name, metric in run.metrics.items() if name != NATS},
         "training_flops": training,
         "forward_flops": sampler.forward_flops,
         "calls": sampler.calls,

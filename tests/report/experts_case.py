@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from diffusers import DDIMScheduler
 from report_case import RUN, gaussian_row, write_run
 
 F = 1_000_000_000
@@ -65,7 +66,7 @@ def plan() -> dict[str, Any]:
             }
         )
     training = {"base": 60 * F, "search": 6 * F, "experts": 30 * F, "total": 96 * F, "budget": 100 * F}
-    sampling = {"base": 20 * F, "experts": 15.5 * F, "ratio": 0.775}
+    sampling = {"base": F, "experts": 0.775 * F, "ratio": 0.775}
     return {
         "format": 1,
         "by": "information",
@@ -118,7 +119,8 @@ def make_experts(folder: Path, finished: bool = True) -> Path:
     for number in range(3):
         _lines(folder / "experts" / str(number) / "metrics.jsonl", [gaussian_row(10_000, EXPERT_EXCESS)])
     _lines(folder / "metrics.jsonl", [gaussian_row(40_000, EXPERT_EXCESS)])
-    facts = {"groups": plan()["groups"], "costs": plan()["costs"], "sampling": {"calls": [4, 7, 9]}}
+    facts = {"groups": plan()["groups"], "costs": plan()["costs"]}
+    DDIMScheduler().save_pretrained(folder / "pipeline" / "scheduler")
     write_run(folder, RUN | {"pipeline": PIPELINE, "experts": facts, "metrics": []})
     return folder
 

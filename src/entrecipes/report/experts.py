@@ -8,16 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 import entrecipes.recipe.experts  # noqa: F401 (registers its choices)
 from entrecipes.errors import UserError
 from entrecipes.experts.costs import TRAINING_PASSES
-from entrecipes.experts.grouping import Group, row_nats
+from entrecipes.experts.grouping import Group, calls, row_nats
+from entrecipes.experts.tdc import PLAN, read_plan
 from entrecipes.recipe.base import choice
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import Rows, duration, flops, number
 from entrecipes.report.run_folder import RunFolder
 
-PLAN, MEMORY = "search/plan.json", "search/memory.jsonl"
+MEMORY = "search/memory.jsonl"
 GROUPED = {
     "timestep": "equal shares of the scheduler's training time",
     "snr": "equal range of log SNR",
@@ -98,14 +101,15 @@ class ExpertRun:
         return tuple(None if row is None else row_nats(groups, row)[number] for row in rows)
 
     @cached_property
-    def sampling(self) -> Row | None:
-        """FLOPs of an image with the recipe's sampler, where its `calls` of each expert are known; else of a step."""
-        costs, calls = self.costs.get("sampling_flops"), (self._finished.get("sampling") or {}).get("calls")
-        if not calls:
-            return costs
-        spent = sum(count * group["flops"] for count, group in zip(calls, self.groups, strict=True))
-        base = sum(calls) * self.plan["base_flops"]
-        return {"base": base, "experts": spent, "ratio": spent / base, "calls": calls}
+    def calls(self) -> list[int] | None:
+        """Calls of each expert for one image with the recipe's sampler; None before there is a pipeline."""
+        path = self.folder.path / "pipeline" / "scheduler" / "scheduler_config.json"
+        if not (self.run and path.is_file()):
+            return None
+        config = json.loads(path.read_text())
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        scheduler.set_timesteps(self.run["pipeline"]["steps"])
+        return calls(self.plan["boundaries"], scheduler.timesteps)
 
     # -- words --------------------------------------------------------------------------------------------------------
 
@@ -160,19 +164,18 @@ class ExpertRun:
         return f"{flops(costs['total'])}, {share} of the budget of {flops(costs['budget'])}: {parts}; {COUNTED}"
 
     def _sampling(self) -> str | None:
-        if not (costs := self.sampling):
+        costs = self.costs.get("sampling_flops")
+        if not costs:
             return None
-        of = "an image with the recipe's sampler" if "calls" in costs else "a step on average, of even timesteps"
-        return f"{flops(costs['experts'])} for {of}, {_share(costs['ratio'])} of the base's {flops(costs['base'])}"
+        share = f"{_share(costs['ratio'])} of the base's {flops(costs['base'])}"
+        return f"{flops(costs['experts'])} a call of the network, the mean with the recipe's sampler, {share}"
 
     def _served(self) -> str | None:
-        if not (calls := (self.sampling or {}).get("calls")):
+        if not self.calls:
             return None
-        scheduler = self.run["pipeline"]["scheduler_class"]
-        parts = ", ".join(
-            f"expert {group['number']} {count:g}" for group, count in zip(self.groups, calls, strict=True)
-        )
-        return f"{scheduler}, {self.run['pipeline']['steps']} steps; calls of the network for an image: {parts}"
+        about = self.run["pipeline"]
+        parts = ", ".join(f"{count} by expert {number}" for number, count in enumerate(self.calls))
+        return f"{about['scheduler_class']}, {about['steps']} steps: {sum(self.calls)} calls, {parts}"
 
     # -- tables -------------------------------------------------------------------------------------------------------
 
@@ -232,23 +235,6 @@ class ExpertRun:
         labels = TRAINING | {"total": "in all", "budget": "budget"}
         rows = [[label, flops(costs[key]), _share(costs[key] / costs["budget"])] for key, label in labels.items()]
         return Table(f"Training FLOPs ({COUNTED})", ["stage", "FLOPs", "share of the budget"], rows)
-
-
-def read_plan(folder: Path) -> Row:
-    """`search/plan.json` of a run folder.
-
-    Raises:
-        UserError: When it is missing or damaged.
-    """
-    path = folder / PLAN
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        plan["groups"], plan["boundaries"], plan["base_flops"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; give the folder of a run with `experts: {{type: tdc}}`") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no plan; put back a good copy, or remove it and resume the run") from None
-    return plan
 
 
 def experts(folder: RunFolder) -> ExpertRun | None:

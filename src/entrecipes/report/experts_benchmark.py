@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from entrecipes.evaluation.result import Metric
 from entrecipes.report.comparison.arms import Spread
 from entrecipes.report.comparison.tables import Table, difference_text, spread_text
-from entrecipes.report.facts import flops, number
+from entrecipes.report.facts import flops, number, origins, reduced
 
 Run = Mapping[str, Any]
 Arms = Mapping[str, Mapping[int, Run]]
@@ -29,7 +30,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines.append(f"Samples: {found['steps']} steps, guidance scale {found['guidance_scale']:g}.")
     if found["groups"]:
         lines.append(f"Groups of noise levels: those of `{found['groups_of']}`, 0 the noisiest.")
-    lines += [f"- {note}" for note in notes(arms)]
+    lines += ["", *(f"- {note}" for note in notes(arms))]
     for table in tables(found):
         lines += ["", f"## {table.title}", "", table.to_markdown()]
     return "\n".join(lines) + "\n"
@@ -42,16 +43,15 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     for index, group in enumerate(found["groups"]):
         label = "group {}: log sigma {:.2f} to {:.2f}".format(group["number"], *group["log_sigma"])
         nats[label] = lambda run, index=index: run["group_nats"][index]
-    higher = {name: run["higher_is_better"][name] for run in _runs(arms) for name in run["metrics"]}
-    metrics = {name: lambda run, name=name: run["metrics"].get(name) for name in higher}
+    higher = {name: of["higher_is_better"] for run in _runs(arms) for name, of in run["metrics"].items()}
+    metrics = {name: lambda run, name=name: run["metrics"].get(name, {}).get("value") for name in higher}
     over = f"mean (lowest to highest) over {_seeds(arms)}"
-    pages = [
-        _values(f"Held-out nats, lower is better: {over}", arms, nats),
-        _differences(f"Held-out nats, against {base} seed by seed", arms, nats, {}),
-    ]
-    if metrics:
-        pages.append(_values(f"Metrics of samples: {over}", arms, metrics))
-        pages.append(_differences(f"Metrics of samples, against {base} seed by seed", arms, metrics, higher))
+    pages = [_values(f"Held-out nats, lower is better: {over}", arms, nats)]
+    pages += [_values(f"Metrics of samples: {over}", arms, metrics)] * bool(metrics)
+    if len(arms) > 1:
+        pages.insert(1, _differences(f"Held-out nats, against {base} seed by seed", arms, nats, {}))
+        if metrics:
+            pages.append(_differences(f"Metrics of samples, against {base} seed by seed", arms, metrics, higher))
     return [*pages, _costs(found, base), _networks(arms)]
 
 
@@ -66,6 +66,11 @@ def notes(arms: Arms) -> list[str]:
             found.append(
                 f"{name} lost blocks while it trained; its training FLOPs are counted as if it had none of them."
             )
+    first = next(iter(_runs(arms)))
+    metrics = [Metric.from_json(metric) for metric in first["metrics"].values()]
+    found += [f"`{'`, `'.join(names)}`: {text}." for names, text in origins(metrics)]
+    if names := reduced(metrics):
+        found.append(f"Reduced size: compare `{'`, `'.join(names)}` with numbers of the same origin only.")
     return found
 
 

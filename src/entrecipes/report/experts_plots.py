@@ -137,11 +137,11 @@ def plot_search(*axes_and_run: Any) -> None:
 
 def plot_costs(axes: Axes, run: ExpertRun) -> None:
     """Training as shares of its budget, stage by stage; sampling as shares of the base's, expert by expert."""
-    training, sampling = run.costs["training_flops"], run.sampling
+    training, sampling = run.costs["training_flops"], run.costs.get("sampling_flops")
     labels, shades = [*TRAINING.values()], [STEPS[3], ORANGE, STEPS[1]]
     ends = [_stacked(axes, 0, [training[key] / training["budget"] for key in TRAINING], shades, labels)]
     if sampling:
-        calls = sampling.get("calls") or [group["steps"] for group in run.groups]
+        calls = run.calls or [group["steps"] for group in run.groups]
         each = np.array([count * group["flops"] for count, group in zip(calls, run.groups, strict=True)])
         ends.append(_stacked(axes, 1, (each * sampling["ratio"] / each.sum()).tolist(), [BLUE] * len(each)))
     for place, end in enumerate(ends):
