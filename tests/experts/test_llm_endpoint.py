@@ -235,11 +235,11 @@ def test_an_endpoint_must_be_an_address(endpoint):
         LanguageModel(LanguageModelProposer(model="m", endpoint=endpoint))
 
 
-def test_a_search_goes_on_without_the_model(server):
+def test_a_search_goes_on_without_the_model(server, tmp_path):
     problem = Problem(0, units=3)
     new = replace(problem.task(), group=SimpleNamespace(number=0, log_sigma=(-1.0, 1.0)))
     proposer = server.proposer('{"plans": [[1, 0.5, 0.25], [0.25, 1, 0.5]]}', "No.", reply(b"", 500), repairs=0)
-    bank = MemoryBank()
+    bank = MemoryBank(tmp_path / "memory.jsonl")
     search(Search(rounds=3, candidates=3), new, problem.evaluate, bank, proposer)
     trials = bank.trials(0)
     assert [trial.proposer for trial in trials] == ["uniform", "llm", "llm"] + 6 * ["evolution"]
@@ -248,3 +248,7 @@ def test_a_search_goes_on_without_the_model(server):
     assert trials[6].note.startswith("in place of llm: no answer: HTTP 500")
     # the second question shows what the first round gave
     assert all(f"loss {trial.loss:.5g}" in server.asked[1]["messages"][1]["content"] for trial in trials[:3])
+    lines = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
+    said = [line["dialogue"] for line in lines if line["kind"] == "round"]
+    assert [message["role"] for message in said[0]] == ["system", "user", "assistant"]
+    assert said[1][-1] == {"role": "assistant", "content": "No."}

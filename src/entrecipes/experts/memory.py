@@ -103,11 +103,12 @@ class MemoryBank:
         self._append({"kind": "trial", **asdict(trial)})
         return trial
 
-    def add_plans(self, plans: Sequence[Plan]) -> None:
-        """Append the plans of a round; returns when they are on the disk."""
+    def add_plans(self, plans: Sequence[Plan], dialogue: Sequence[dict[str, str]] = ()) -> None:
+        """Append the plans of a round, and what was said to find them; returns when they are on the disk."""
         plan = plans[0]
         rows = [asdict(plan) for plan in plans]
-        self._append({"kind": "round", "group": plan.group, "round": plan.round, "plans": rows})
+        line = {"kind": "round", "group": plan.group, "round": plan.round, "plans": rows}
+        self._append(line | ({"dialogue": list(dialogue)} if dialogue else {}))
 
     def plans(self, group: int, round: int) -> list[Plan]:
         """The plans of a round; none if it has not begun."""

@@ -166,7 +166,7 @@ def _plans_left(section: Search, task: Task, number: int, bank: MemoryBank, prop
         plans = _propose(section, task, number, bank, proposer)
         if not plans:
             return None
-        bank.add_plans(plans)
+        bank.add_plans(plans, getattr(proposer, "last_exchange", ()))
     done = {trial.kept for trial in bank.trials(task.group.number)}
     return [plan for plan in plans if plan.kept not in done]
 

@@ -32,7 +32,7 @@ class RandomProposer(Section):
 
 @register("proposer", implementation=f"{PROPOSERS}:Sensitivity")
 class SensitivityProposer(Section):
-    """Keep the more of a unit, the more the loss rises when it alone is halved; measured in the first round."""
+    """Keep the more of a unit, the more the loss rises when it is halved; measured in the first rounds."""
 
     type: Literal["sensitivity"] = "sensitivity"
 

@@ -102,7 +102,8 @@ def _experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if experts.groups == 1:
         yield "experts.by", "with one group"
         yield "experts.overlap", "with one group"
-        yield "experts.k", "with one group, which gets ratios or mean"
+        if experts.k is not None:
+            yield "experts.k", "with one group, which takes ratios or mean"
     if experts.ratios or experts.groups == 1:
         yield "experts.big_end", "with ratios" if experts.ratios else "with one group"
 
