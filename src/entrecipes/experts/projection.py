@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -11,6 +10,9 @@ from entrecipes.errors import UserError
 
 SMALLEST = 1e-3
 """Of the largest share: what a share of zero counts as, so that its unit can still fill up."""
+
+FEW = 3
+"""Atoms of a unit that change at once where single ones don't fit the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class Projection:
         kept = np.floor(want + 0.5).astype(int)
         kept = self._rounded(kept, want, target, tolerance)
         for blocks_too in (False, True):
-            kept = self._exchanged(kept, want, target, tolerance, blocks_too)
+            kept = self._exchanged(kept, target, tolerance, blocks_too)
         reached = self.flops(kept)
         if abs(reached - target) > tolerance * target:
             raise UserError(
@@ -70,10 +72,6 @@ class Projection:
                 "experts.search.units"
             )
         return tuple(kept.tolist())
-
-    @cached_property
-    def _inner(self) -> np.ndarray:
-        return ~self.blocks
 
     def _alive(self, on: np.ndarray) -> np.ndarray:
         """Which units are there, where `on` says which blocks are."""
@@ -122,9 +120,7 @@ class Projection:
             kept[np.where(free, np.round(step * (want - kept), 9), -np.inf).argmax()] += step
         return kept
 
-    def _exchanged(
-        self, kept: np.ndarray, want: np.ndarray, target: float, tolerance: float, blocks_too: bool
-    ) -> np.ndarray:
+    def _exchanged(self, kept: np.ndarray, target: float, tolerance: float, blocks_too: bool) -> np.ndarray:
         """Make two changes at once, the pair that comes nearest to the target, as long as that helps."""
         while abs(gap := self.flops(kept) - target) > tolerance * target:
             plans = [kept, *self._changes(kept, blocks_too)]
@@ -132,6 +128,9 @@ class Projection:
             families = np.array([-1, *(self._family(plan != kept) for plan in plans[1:])])
             left = np.abs(gap + deltas[:, None] + deltas[None, :])
             left[families[:, None] == families[None, :]] = np.inf
+            if self.anchors:
+                more = np.array([(plan - kept)[list(self.anchors)].sum() for plan in plans])
+                left[kept[list(self.anchors)].sum() + more[:, None] + more[None, :] < 1] = np.inf
             i, j = np.unravel_index(left.argmin(), left.shape)
             if not left[i, j] < abs(gap) * (1 - 1e-9):
                 break
@@ -139,15 +138,15 @@ class Projection:
         return kept
 
     def _changes(self, kept: np.ndarray, blocks_too: bool) -> list[np.ndarray]:
-        """Plans that differ in one atom, or in one block with what is in it."""
+        """Plans that differ in a few atoms of a unit, or in a block with what is in it."""
         plans = []
         for i in range(len(kept)):
             if not self.blocks[i]:
-                steps = [step for step in (-1, 1) if kept[i] and 1 <= kept[i] + step <= self.atoms[i]]
+                steps = [n for n in range(-FEW, FEW + 1) if n and kept[i] and 1 <= kept[i] + n <= self.atoms[i]]
                 plans += [kept + step * (np.arange(len(kept)) == i) for step in steps]
-            elif blocks_too and not (kept[i] and i in self.anchors and kept[list(self.anchors)].sum() <= 2):
+            elif blocks_too:
                 family = (self.parents == i) | (np.arange(len(kept)) == i)
-                plans.append(np.where(family, 0 if kept[i] else self.atoms, kept))
+                plans += [np.where(family, n, kept) for n in ([0] if kept[i] else [1, self.atoms])]
         return plans
 
     def _family(self, changed: np.ndarray) -> int:
