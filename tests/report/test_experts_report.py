@@ -22,6 +22,7 @@ from entrecipes.errors import UserError
 from entrecipes.models.slim import to_stock
 from entrecipes.report.card import write_card
 from entrecipes.report.experts import experts
+from entrecipes.report.experts_loading import ways_to_load
 from entrecipes.report.experts_plots import (
     SEARCHES,
     draw_expert_plots,
@@ -205,10 +206,10 @@ def test_every_snippet_of_the_card_runs(run_folder: Path, monkeypatch: pytest.Mo
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and Path("bare.png").is_file(), done.stderr
 
-    assert "stock/expert_0" in write_card(run_folder, repo_id="someone/experts").read_text()
-    card = (run_folder / "README.md").read_text()
-    assert 'from_pretrained("someone/experts", subfolder="denoiser/expert_0")' in card
-    assert 'folder = "someone/experts"' in card
+    ways = dict(ways_to_load(run_folder / "pipeline", run_folder / "none", "someone/experts", "none"))
+    assert len(ways) == 2, "there is no folder of stock models"
+    assert 'subfolder="denoiser/expert_0"' in ways["One expert alone:"]
+    assert all('"someone/experts"' in code for code in ways.values())
 
 
 def test_a_torn_memory_is_read_and_a_damaged_file_is_named(trained: Path) -> None:

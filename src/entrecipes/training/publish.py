@@ -88,6 +88,7 @@ def leave_example(run: Run, folder: Path) -> None:
 def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
     """Everything that the card and the report say about the run, as JSON."""
     recipe, components, train = run.recipe, run.components, run.data.images.train
+    pipeline_class = type(components.pipeline())  # of several experts another than the family's
     rates = [row["images_per_second"] for row in run.log.rows("train") if row["images_per_second"]]
     return {
         "name": name,
@@ -118,8 +119,8 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
         },
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
         "pipeline": {
-            "class": components.family.pipeline_class.__name__,
-            "library": components.family.pipeline_class.__module__.split(".")[0],
+            "class": pipeline_class.__name__,
+            "library": pipeline_class.__module__.split(".")[0],
             "model_class": components.family.model_class,
             "scheduler_class": type(components.scheduler).__name__,
             "prediction_type": components.path.prediction_type,
