@@ -42,9 +42,8 @@ class ExpertsPipeline(DiffusionPipeline):
     def __init__(self, denoiser: ModelMixin, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
-        self.processor = VaeImageProcessor(
-            resample="bicubic", vae_latent_channels=0
-        )  # 0: it takes no image for latents
+        # By default it rounds sides to multiples of 8, and takes four channels for latents.
+        self.processor = VaeImageProcessor(vae_scale_factor=1, resample="bicubic", vae_latent_channels=0)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save all parts, and this file as `pipeline.py`; options are diffusers' own.
