@@ -30,7 +30,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines.append(f"Samples: {found['steps']} steps, guidance scale {found['guidance_scale']:g}.")
     if found["groups"]:
         lines.append(f"Groups of noise levels: those of `{found['groups_of']}`, 0 the noisiest.")
-    lines += ["", *(f"- {note}" for note in notes(arms))]
+    if told := notes(arms):
+        lines += ["", *(f"- {note}" for note in told)]
     for table in tables(found):
         lines += ["", f"## {table.title}", "", table.to_markdown()]
     return "\n".join(lines) + "\n"
