@@ -138,7 +138,7 @@ class TimestepExperts(ModelMixin, ConfigMixin):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None:
             super().to(dtype)
-        if device is not None:
+        if device not in (None, self._onload):  # the hooks of `enable_model_cpu_offload` ask before every call
             self.enable_expert_offload(device)
         return self
 
