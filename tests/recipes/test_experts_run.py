@@ -138,13 +138,13 @@ def test_a_dit_loses_blocks_and_learns_its_own_noise(tmp_path):
     recipe = write(tmp_path, tiny(DEEP, FLOW, experts=experts, noise=noise, training={"images": 800}))
     done = entrecipes("run", recipe, f"training.output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    generated = entrecipes("generate", tmp_path / "run", "--count", "2", "--steps", "2", "--output", tmp_path / "out")
+    generated = entrecipes("generate", tmp_path / "run", "--count", "2", "--steps", "2", "--output", tmp_path / "out.png")
     assert generated.returncode == 0, generated.stderr
 
 
 MISTAKES = {
     "another recipe": (["experts.k=0.8"], "holds another run (experts.k"),
-    "an unreachable budget": (["experts.k=0.01", "training.output=other"], "experts"),
+    "an unreachable budget": (["experts.k=null", "experts.ratios=[0.05, 1]", "training.output=other"], "experts"),
     "another base": (["training.output=other", "experts.base={finished}/experts/0"], "experts.base"),
     "no base": (["training.output=other", "experts.base=nowhere"], "experts.base"),
     "pruning beside": (["prune.type=one_shot"], "prune.type: experts.type tdc"),
