@@ -227,6 +227,8 @@ class GroupTrials:
     def batches(self) -> list[Batch]:
         """The batches of the recovery."""
         recovery, search = self.section.recovery, self.search
+        if not recovery.steps:
+            return []
         wanted = recovery.steps * recovery.batch_size
         x0, condition = draw_x0(search.data, search.data.train, wanted, self.seed, search.device)
         generator = torch.Generator(search.device).manual_seed(self.seed)
