@@ -96,8 +96,12 @@ def _experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if experts.search.recovery.steps == 0:
         yield "experts.search.recovery.batch_size", "with recovery.steps: 0"
         yield "experts.search.recovery.learning_rate", "with recovery.steps: 0"
-    if experts.search.proposer.type in ("uniform", "random", "sensitivity") and experts.search.memory:
-        yield "experts.search.memory", f"with the proposer {experts.search.proposer.type}, which looks at none"
+    proposer = experts.search.proposer.type
+    if proposer in ("uniform", "random") and experts.search.memory:
+        yield "experts.search.memory", f"with the proposer {proposer}, which looks at none"
+    if proposer in ("sensitivity", "tpe") and experts.search.memory:
+        for key in ("best", "last"):
+            yield f"experts.search.memory.{key}", f"with the proposer {proposer}, which is shown all trials"
     yield "experts.search.draws.gate_pivot", "on the search, which measures the loss"
     if experts.groups == 1:
         yield "experts.by", "with one group"
