@@ -122,6 +122,8 @@ class Recipe(Section):
         ]
         if self.data.kind != "images":
             problems.append(f"experts.type: tdc makes experts for images only so far, not for {self.data.kind}")
+        if getattr(self.data, "streaming", False):
+            problems.append("data.streaming: the search of experts draws chosen training images; set it to false")
         return problems
 
     def _kind_problems(self) -> list[str]:
