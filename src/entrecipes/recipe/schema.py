@@ -104,9 +104,7 @@ class Recipe(Section):
         """Experts are whole networks, each of which sees its own noise levels only."""
         experts = self.experts
         if isinstance(experts, MemberSection) and self.evaluation.metrics:
-            return [
-                "evaluation.metrics: one expert does not sample alone; leave them to the pipeline of all"
-            ]
+            return ["evaluation.metrics: one expert does not sample alone; leave them to the pipeline of all"]
         if not isinstance(experts, TdcSection):
             return []
         beside = {
