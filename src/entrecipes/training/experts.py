@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
@@ -118,6 +119,8 @@ class TdcRun:
         self.loaded, self.recipe, self.listener = loaded, loaded.recipe, listener
         self.section, self.folder = loaded.recipe.experts, run_folder(loaded)
         self.state = PartialState(cpu=best_device().type == "cpu")
+        if self.recipe.training.cpu_threads:  # a search that goes on must round as the one that began in a run
+            torch.set_num_threads(self.recipe.training.cpu_threads)
         self.stop_requested = False
         self.world_size = self.state.num_processes
 
