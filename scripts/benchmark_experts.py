@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +171,7 @@ class Sampler:
     @cached_property
     def forward_flops(self) -> list[int]:
         """Of each network, one forward pass of one sample."""
-        config, device = self.denoiser.config, best_device()
-        x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=device)
-        labels = torch.zeros(1, dtype=torch.long, device=device) if self.family.num_classes(self.denoiser) else None
-        time = torch.zeros(1, device=device)
-        return [proxies.flops(lambda: self.family.predict(net, x, time, labels)) for net in self.networks]  # noqa: B023
+        return [proxies.flops(partial(self.family.one_pass, network)) for network in self.networks]
 
     @cached_property
     def calls(self) -> list[int]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_end_to_end import ENVIRONMENT, call, entrecipes, hashes, rows, write
+from test_end_to_end import ENVIRONMENT, call, entrecipes, hashes, launch, rows, write
 from tiny import DIT, FLOW, UNET, tiny
 
 SEARCH = {
@@ -140,6 +140,29 @@ def test_a_dit_loses_blocks_and_learns_its_own_noise(tmp_path):
     assert done.returncode == 0, done.stderr
     generated = entrecipes("generate", tmp_path / "run", "--count", "2", "--steps", "2", "--output", tmp_path / "out.png")
     assert generated.returncode == 0, generated.stderr
+
+
+def test_a_given_base_is_not_trained_again(finished, tmp_path):
+    recipe, given = write(tmp_path, unet()), f"experts.base={finished / 'base'}"
+    done = entrecipes("run", recipe, f"training.output={tmp_path / 'run'}", given, "experts.k=1")
+    assert done.returncode == 0 and '"part": "base"' not in done.stdout, done.stderr
+    assert not (tmp_path / "run/search/memory.jsonl").exists()
+    again = entrecipes("run", recipe, f"training.output={tmp_path / 'run'}", given, "experts.k=1")
+    assert again.returncode == 0 and '"part"' not in again.stdout, again.stderr
+    other = entrecipes("run", recipe, f"training.output={tmp_path / 'run'}", given, "experts.k=0.8")
+    assert other.returncode == 2 and "holds another run (experts.k" in other.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_find_and_train_the_same_experts(finished, tmp_path):
+    done = launch(write(tmp_path, unet()), tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((folder / "search/plan.json").read_text()) for folder in (finished, tmp_path / "two"))
+    assert [group["images"] for group in one["groups"]] == [group["images"] for group in two["groups"]]
+    assert one["boundaries"] == two["boundaries"] and one["costs"] == two["costs"]
+    assert rows(tmp_path / "two/experts/0", "start")[0]["world_size"] == 2
+    nats = [rows(folder, "held_out")[-1]["nats"] for folder in (finished, tmp_path / "two")]
+    assert nats[1] == pytest.approx(nats[0], rel=0.02)
 
 
 MISTAKES = {

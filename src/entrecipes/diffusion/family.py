@@ -46,6 +46,14 @@ class Family(ABC):
     def asked_for(self, condition: Any, num_images: int, guidance_scale: float) -> dict[str, Any]:
         """What the stock pipeline is called with to get these images, beside what all pipelines take."""
 
+    @torch.no_grad()
+    def one_pass(self, model: ModelMixin) -> Tensor:
+        """A forward pass of one sample of zeros, wherever the model is, for counting operations (images only)."""
+        device, size = next(model.parameters()).device, model.config.sample_size
+        label = None if self.num_classes(model) is None else torch.zeros(1, dtype=torch.long, device=device)
+        sample = torch.zeros(1, self.channels(model), size, size, device=device)
+        return self.predict(model, sample, torch.zeros(1, device=device), label)
+
     def generate(
         self,
         pipeline: DiffusionPipeline,

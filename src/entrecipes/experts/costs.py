@@ -76,7 +76,7 @@ def spend(
     search_flops: float,
     batch_size: int,
 ) -> list[int]:
-    """Images that each expert is trained on, in whole batches; each group has a part in proportion to its `steps`.
+    """Images that each expert is trained on, in whole batches; what they cost is shared out by the groups' `part`.
 
     With `spend: flops`, base, search and experts together never cost more than a base trained for all `images`, and
     less only by the batches that would not be whole. With `spend: images` (published), the experts share the images
@@ -96,7 +96,7 @@ def spend(
     """
     rest = images - base_images(section, images, batch_size)
     if section.spend == "images":
-        parts = [rest * group.steps / batch_size for group in groups]
+        parts = [rest * _part(group) / batch_size for group in groups]
     else:
         left = TRAINING_PASSES * base_flops * rest - search_flops
         if left <= 0:
@@ -106,7 +106,7 @@ def spend(
                 "search.recovery.steps or base_share, or raise training.images"
             )
         parts = [
-            left * group.steps / (TRAINING_PASSES * flops * batch_size)
+            left * _part(group) / (TRAINING_PASSES * flops * batch_size)
             for group, flops in zip(groups, flops_of_networks, strict=True)
         ]
     spent = [_whole(part) * batch_size for part in parts]
@@ -158,6 +158,10 @@ def expected_costs(
         base_step=base_flops,
         expert_step=sum(count * cost for count, cost in zip(steps, flops, strict=True)) / sum(steps),
     )
+
+
+def _part(group: Group) -> float:
+    return group.steps if group.part is None else group.part
 
 
 def _whole(part: float) -> int:

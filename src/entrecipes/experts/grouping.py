@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Group:
         train: The same with its overlap: what it is trained on.
         ratio: Its budget, as a share of the base's FLOPs.
         steps: Its share of the scheduler's training time: the share of sampling steps to expect.
+        part: Its share of what the experts' training may cost; None: as `steps`.
     """
 
     number: int
@@ -53,6 +54,7 @@ class Group:
     train: tuple[float, float]
     ratio: float
     steps: float
+    part: float | None = None
 
 
 def make_groups(
@@ -94,7 +96,13 @@ def make_groups(
     margin = section.overlap * edges.diff()
     lower, upper = (edges[:-1] - margin).clamp(min=edges[0]), (edges[1:] + margin).clamp(max=edges[-1])
     edges, trained = edges.tolist(), list(zip(lower.tolist(), upper.tolist(), strict=True))
-    return tuple(Group(i, (edges[-i - 2], edges[-i - 1]), trained[-i - 1], ratios[i], shares[i]) for i in range(count))
+    groups = [Group(i, (edges[-i - 2], edges[-i - 1]), trained[-i - 1], ratios[i], shares[i]) for i in range(count)]
+    if section.split == "information":
+        nats = group_nats(groups, profile or _gaussian(path, data_std), pivot=pivot)
+        shares = [part / sum(nats) for part in nats]
+    elif section.split == "equal":
+        shares = [1 / count] * count
+    return tuple(replace(group, part=part) for group, part in zip(groups, shares, strict=True))
 
 
 def _borders(
@@ -109,14 +117,19 @@ def _borders(
         low, high = max(low, -SNR_LIMIT), min(high, SNR_LIMIT)
         return low + (high - low) * shares
     edges = torch.linspace(low, high, FINE + 1, dtype=torch.float64)
-    if profile is None:
-        variance = torch.exp(2 * edges)
-        profile = Profile(edges, variance * data_std**2 / (variance + data_std**2))
+    profile = profile or _gaussian(path, data_std)
     below = _nats_below(profile.log_sigma, profile.rate * gate(profile.log_sigma, pivot), edges)
     total = below[-1] - below[0]
     if not (bool(total.isfinite()) and total > 0):
         raise UserError("experts.by: the measured profile holds no information to share out; use by: timestep")
     return Histogram(edges, (below - below[0]) / total).quantile(shares)
+
+
+def _gaussian(path: GaussianPath, data_std: float) -> Profile:
+    """The profile of Gaussian data over the path's range."""
+    levels = torch.linspace(path.log_sigma_min, path.log_sigma_max, FINE + 1, dtype=torch.float64)
+    variance = torch.exp(2 * levels)
+    return Profile(levels, variance * data_std**2 / (variance + data_std**2))
 
 
 def _on_timesteps(borders: Tensor, path: VpPath) -> Tensor:

@@ -154,6 +154,7 @@ def _identity(section: Search, task: Task) -> dict[str, Any]:
         "seed": task.seed,
         "target": task.target,
         "base_loss": task.base_loss,
+        "log_sigma": list(task.group.log_sigma),
         "units": [[unit.path, unit.kind, unit.atoms] for unit in task.units.units],
         **{f"search.{key}": value for key, value in keys.items()},
     }

@@ -18,7 +18,7 @@ from entrecipes.errors import UserError
 from entrecipes.experts.costs import TRAINING_PASSES, Costs, base_images
 from entrecipes.experts.grouping import Group
 from entrecipes.experts.proxy_pruning import Trial
-from entrecipes.recipe.experts import MemberSection, OneNetworkSection, Search, TdcSection
+from entrecipes.recipe.experts import MemberSection, OneNetworkSection, TdcSection
 from entrecipes.recipe.noise import InfoNoiseSection
 from entrecipes.recipe.schema import Recipe
 
@@ -48,34 +48,27 @@ class Tdc(OneNetwork):
     """A base and the experts made from it, which together serve all noise levels."""
 
 
-def search_flops(section: Search, groups: Sequence[Group], base_flops: float) -> float:
-    """What searching the groups' networks takes at most (with `sensitivity` and its probes, about)."""
+def search_flops(recipe: Recipe, groups: Sequence[Group], base_flops: float) -> float:
+    """What measuring the base and searching the groups' networks takes at most."""
+    section, profile = recipe.experts.search, recipe.evaluation.held_out
     draws = section.draws.images * section.draws.noise_levels
     gradients = 0 if section.criterion in ("magnitude", "random") else TRAINING_PASSES * draws
     trial = TRAINING_PASSES * section.recovery.steps * section.recovery.batch_size + draws
-    trials = section.rounds * section.candidates
-    return sum(
-        base_flops * (draws + (group.ratio < 1) * (gradients + group.ratio * trial * trials)) for group in groups
-    )
+    trials = 1 if section.proposer.type == "uniform" else section.rounds * section.candidates
+    searched = sum(draws + (group.ratio < 1) * (gradients + group.ratio * trial * trials) for group in groups)
+    return base_flops * (profile.images * profile.noise_levels + searched)
 
 
 def base_recipe(recipe: Recipe, folder: Path) -> Recipe:
     """Stage 1: the same recipe without experts, for the base's share of the budget; sample metrics wait."""
-    values = recipe.model_dump(mode="json", by_alias=True)
+    images = base_images(recipe.experts, recipe.training.images, recipe.training.batch_size)
+    values = _shortened(recipe, images, folder, "base")
     values["experts"] = {"type": "none"}
-    values["description"] += " (base)"
-    values["training"] |= {
-        "images": base_images(recipe.experts, recipe.training.images, recipe.training.batch_size),
-        "output": str(folder),
-    }
-    values["evaluation"] |= {"metrics": [], "metrics_every": None}
     return _checked(values, "base")
 
 
 def member_recipe(recipe: Recipe, group: Group, images: int, start: Path, folder: Path) -> Recipe:
     """Stage 2: one expert, from its pruned network on, within its group; a fresh optimizer and average.
-
-    Whatever the recipe counts in images of the whole run shrinks in proportion.
 
     Args:
         recipe: The TDC recipe.
@@ -87,23 +80,29 @@ def member_recipe(recipe: Recipe, group: Group, images: int, start: Path, folder
     Raises:
         UserError: When what the recipe asks for does not fit so short a run.
     """
-    section, share = recipe.experts, images / recipe.training.images
-    values = recipe.model_dump(mode="json", by_alias=True)
-    values["description"] += f" (expert {group.number})"
+    section = recipe.experts
+    values = _shortened(recipe, images, folder, f"expert {group.number}")
     values["pipeline"] = {"pretrained": str(start)}
     values["experts"] = {"type": "member", "number": group.number, "log_sigma": list(group.train)}
-    values["training"] |= {"images": images, "output": str(folder)}
     values["training"]["seed"] += 7919 * (group.number + 1)  # an order and noise of its own, not the base's again
+    values["optimizer"]["learning_rate"] *= section.learning_rate
+    values["optimizer"]["schedule"]["warmup"] = images // 20 if section.warmup is None else section.warmup
+    return _checked(values, f"expert {group.number}")
+
+
+def _shortened(recipe: Recipe, images: int, folder: Path, what: str) -> dict[str, Any]:
+    """The recipe of a part: what counts images of the whole run (`decay_start`, InfoNoise's keys) shrinks with it."""
+    values, share = recipe.model_dump(mode="json", by_alias=True), images / recipe.training.images
+    values["description"] += f" ({what})"
+    values["training"] |= {"images": images, "output": str(folder)}
     values["evaluation"] |= {"metrics": [], "metrics_every": None}
     schedule = values["optimizer"]["schedule"]
-    schedule["warmup"] = images // 20 if section.warmup is None else section.warmup
     schedule["decay_start"] = round(schedule["decay_start"] * share)
-    values["optimizer"]["learning_rate"] *= section.learning_rate
     if isinstance(recipe.noise, InfoNoiseSection):
         for key in ("warmup", "ramp", "refresh_every", "buffer"):
             if values["noise"][key]:
                 values["noise"][key] = max(1, round(values["noise"][key] * share))
-    return _checked(values, f"expert {group.number}")
+    return values
 
 
 def _checked(values: dict[str, Any], what: str) -> Recipe:

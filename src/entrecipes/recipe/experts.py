@@ -179,6 +179,9 @@ class TdcSection(Section):
     """What the rest of the budget means for the experts: as many images as the FLOPs of a base trained for all of
     `training.images` leave after base and search, or (published) the images that such a base would still see, so that
     training gets cheaper too."""
+    split: Literal["steps", "information", "equal"] = "steps"
+    """How the experts share that: by their shares of the scheduler's training time, by the nats that the base's
+    measured profile has in each group (our own), or equally."""
     overlap: float = Field(0.0, ge=0, lt=1)
     """Noise levels beyond its borders that an expert also trains on, on each side, as a share of its group's width in
     log sigma."""
@@ -192,8 +195,8 @@ class TdcSection(Section):
     """Stop there; the same command without it goes on. After `search`, each expert's own recipe lies in the run folder
     and can be launched by itself, on any machine."""
     stock: bool = True
-    """Also publish each expert as a stock model of the base's size, its missing channels zero: the same outputs in
-    plain diffusers, not faster."""
+    """Also publish each expert as a stock model, zeros in the place of missing channels (lost DiT blocks stay lost):
+    the same outputs in plain diffusers, not faster."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> TdcSection:
@@ -207,7 +210,9 @@ class TdcSection(Section):
     @property
     def prunes(self) -> bool:
         """Whether any expert is smaller than the base."""
-        return self.k != 1 and self.mean != 1 and any(ratio != 1 for ratio in self.ratios or (0,))
+        if self.ratios:
+            return any(ratio != 1 for ratio in self.ratios)
+        return self.mean != 1 if self.mean else self.k != 1 and self.groups > 1
 
 
 ExpertsSection = union("experts")

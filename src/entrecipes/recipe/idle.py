@@ -102,6 +102,10 @@ def _experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if proposer in ("sensitivity", "tpe") and experts.search.memory:
         for key in ("best", "last"):
             yield f"experts.search.memory.{key}", f"with the proposer {proposer}, which is shown all trials"
+    if proposer == "uniform" and experts.prunes:
+        for key in ("rounds", "candidates", "levels"):
+            yield f"experts.search.{key}", "with the proposer uniform, which has one plan"
+    yield "evaluation.metrics_every", "with experts, which are measured when all are trained"
     yield "experts.search.draws.gate_pivot", "on the search, which measures the loss"
     if experts.groups == 1:
         yield "experts.by", "with one group"

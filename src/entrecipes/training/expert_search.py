@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from entrecipes.data.opening import open_data
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.objective import Objective
-from entrecipes.diffusion.pipelines import Components, load_components
+from entrecipes.diffusion.pipelines import load_components
 from entrecipes.evaluation.drawing import draw_x0
 from entrecipes.evaluation.evaluator import evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
@@ -36,21 +36,6 @@ from entrecipes.training.run import FACTS_IMAGES
 
 Agree = Callable[[Callable[[], Any]], Any]
 """Calls in the first process, and gives what it returns to all."""
-
-
-def one_pass(components: Components) -> Callable[[nn.Module], Tensor]:
-    """A forward pass of one sample, on whatever device the model is, for counting operations."""
-    family, config = components.family, components.model.config
-    channels, size = family.channels(components.model), config.sample_size
-    labels = family.num_classes(components.model) is not None
-
-    def call(model: nn.Module) -> Tensor:
-        device = next(model.parameters()).device
-        sample = torch.zeros(1, channels, size, size, device=device)
-        label = torch.zeros(1, dtype=torch.long, device=device) if labels else None
-        return family.predict(model, sample, torch.zeros(1, device=device), label)
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class ExpertSearch:
         self.model = self.components.model.to(device).eval()
         self.data = open_data(recipe.data, self.components, device)
         self.objective = Objective(recipe.objective, self.path)
-        self.units = Units.of(self.model, self.section.units, one_pass(self.components))
+        self.units = Units.of(self.model, self.section.units, self.family.one_pass)
         self.batch_size = recipe.training.micro_batch_size or recipe.training.batch_size
         x0, _ = draw_x0(self.data, self.data.train, FACTS_IMAGES, 0, device)
         self.dimensions = x0[0].numel()
@@ -123,6 +108,7 @@ class ExpertSearch:
         trials = GroupTrials(self, group, stopped)
         target = group.ratio * self.units.base_flops
         full = tuple(unit.atoms for unit in self.units.units)
+        order = [torch.arange(count) for count in full]
         if group.ratio == 1:
             whole = (1.0,) * len(full)
             best = Trial(group.number, 0, 0, "none", whole, full, target, trials.base_loss, 0.0, 0.0, 0.0, "")
@@ -135,8 +121,8 @@ class ExpertSearch:
                 base_loss=trials.base_loss,
                 seed=self.recipe.training.seed,
             )
-            best = search(self.section, task, trials.measure, bank, proposer, self.agree)
-        network = cut(self.model, self.units, best.kept, trials.order)
+            best, order = search(self.section, task, trials.measure, bank, proposer, self.agree), trials.order
+        network = cut(self.model, self.units, best.kept, order)
         self.agree(lambda: self.components.pipeline(network).save_pretrained(self.folder / f"start-{group.number}"))
         uniform = [trial.loss for trial in bank.trials(group.number) if trial.proposer == "uniform"]
         return Found(
@@ -171,6 +157,7 @@ class GroupTrials:
         search.flops += search.units.base_flops * self.draws
 
     def _noise(self, path: Any) -> NoiseSampler:
+        """The recipe's sampler as it begins: a learned one has learned nothing here, and draws its warm-up's levels."""
         return build("noise", self.search.recipe.noise, path=path, device=self.search.device, facts=self.search.facts)
 
     def _loss(self, model: nn.Module) -> float:
@@ -179,9 +166,9 @@ class GroupTrials:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         precision = self.search.recipe.training.precision
-        if precision == "no":
+        if precision != "bf16":  # float16 would need its gradients scaled
             return contextlib.nullcontext()
-        return torch.autocast(self.search.device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+        return torch.autocast(self.search.device.type, torch.bfloat16)
 
     @cached_property
     def worth(self) -> list[Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +34,9 @@ from entrecipes.recipe.load import LoadedRecipe, dump, load
 from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.dry_run import Estimate, dry_run
-from entrecipes.training.expert_search import ExpertSearch, one_pass
+from entrecipes.training.expert_search import ExpertSearch
 from entrecipes.training.launch import Interrupted, make_room, run_folder, run_recipe, stopping_at_signals
-from entrecipes.training.planning import Planned, said
+from entrecipes.training.planning import said
 from entrecipes.training.publish import publish
 from entrecipes.training.run import Run
 from entrecipes.training.telling import measure_when_due
@@ -73,12 +72,12 @@ def expected(recipe: Recipe) -> list[str]:
         UserError: For budgets that the units of the model can't meet, or a search that leaves nothing to train with.
     """
     components, section = load_components(recipe.pipeline, recipe.training.seed), recipe.experts
-    units = Units.of(components.model, section.search.units, one_pass(components))
+    units = Units.of(components.model, section.search.units, components.family.one_pass)
     groups = make_groups(section, components.path, None, recipe.evaluation.held_out.gate_pivot)
     for group in groups:
         if group.ratio < 1:
             units.project([group.ratio] * len(units.units), group.ratio * units.base_flops, section.search.tolerance)
-    searched = search_flops(section.search, groups, units.base_flops)
+    searched = search_flops(recipe, groups, units.base_flops)
     guessed = "the groups are those of Gaussian data; the base will show those of this data"
     try:
         costs = costs_of(recipe, components, groups, units.base_flops, searched)
@@ -112,6 +111,20 @@ def dry_run_experts(recipe: Recipe) -> tuple[Estimate, list[str]]:
     return dry_run(base_recipe(recipe, Path("base"))), expected(recipe)
 
 
+def _missing(recipe: Recipe, folder: Path) -> str:
+    """What a folder lacks of being this run to its end, measured in whatever way; empty when it lacks nothing."""
+    try:
+        held = load(folder / "recipe.yaml").recipe.model_dump(mode="json", by_alias=True)
+        images = json.loads((folder / "run.json").read_text())["images"]
+    except (UserError, OSError, ValueError, KeyError):
+        return "it holds no finished run"
+    found = differences(held, recipe.model_dump(mode="json", by_alias=True))
+    if changes := [change for change in found if not change[0].startswith((*HARMLESS, "pipeline.pretrained"))]:
+        return said(changes)
+    whole = images >= recipe.training.images and (folder / "pipeline" / "model_index.json").exists()
+    return "" if whole else "it has not finished"
+
+
 class TdcRun:
     """One TDC run folder on its way."""
 
@@ -130,14 +143,17 @@ class TdcRun:
         base = self._base()
         if self.section.stop_after == "base":
             return self._stop("the base", "the search")
-        plan = read_plan(self.folder) if (self.folder / PLAN).exists() else self._search(base)
+        found = self.agree((self.folder / PLAN).exists)
+        plan = read_plan(self.folder) if found else self._search(base)
         recipes = [self.folder / "experts" / f"{group['number']}.yaml" for group in plan["groups"]]
         if self.section.stop_after == "search":
             for path in recipes:
                 logger.info("an expert by itself: entrecipes run %s", path)
             return self._stop("the search", "the experts")
         for path in recipes:
-            self._stage(load(path), f"expert {path.stem}")
+            start = self.folder / "search" / f"start-{path.stem}"  # wherever the folder has been moved to
+            here = [f"training.output={path.with_suffix('')}", f"pipeline.pretrained={start}"]
+            self._stage(load(path, here), f"expert {path.stem}")
         if self.section.stop_after == "experts":
             return self._stop("the experts", "their pipeline")
         self._publish(plan, base)
@@ -161,9 +177,15 @@ class TdcRun:
     def _begin(self) -> None:
         """Check the folder, write the recipe, and say what is to come. Raises UserError for another run's folder."""
         expectations = expected(self.recipe)
-        if not self.state.is_main_process:
-            return
-        if (self.folder / "base").exists() and self.recipe.training.resume != "never":
+        if self.state.is_main_process:
+            self._prepare_folder()
+            for line in expectations:
+                logger.info(line)
+        self.state.wait_for_everyone()
+
+    def _prepare_folder(self) -> None:
+        begun = any((self.folder / name).exists() for name in ("base", "search"))
+        if begun and self.recipe.training.resume != "never":
             self._check_continues()
         else:
             make_room(self.folder)
@@ -173,8 +195,6 @@ class TdcRun:
             (self.folder / "recipe.source.yaml").write_text(self.loaded.text)
         except OSError as error:
             raise UserError(f"{self.folder}: can't write there ({error}); set training.output") from error
-        for line in expectations:
-            logger.info(line)
 
     def _check_continues(self) -> None:
         old = load(self.folder / "recipe.yaml").recipe.model_dump(mode="json", by_alias=True)
@@ -193,9 +213,7 @@ class TdcRun:
             self._stage(self._written(recipe, self.folder / "base.yaml"), "base")
             return path
         given = Path(self.section.base)
-        planned = self._planned(recipe, given)
-        if not planned.finished:
-            why = said(planned.foreign or ()) or "it has not finished"
+        if why := _missing(recipe, given):
             raise UserError(
                 f"experts.base: {given} is no run of this recipe's base ({why}); leave the key out to train it"
             )
@@ -204,22 +222,21 @@ class TdcRun:
     def _stage(self, loaded: LoadedRecipe, part: str) -> None:
         """Train a part, unless it is finished already."""
         loaded = replace(loaded, name=f"{self.loaded.name} ({part})")
-        if self._planned(loaded.recipe, run_folder(loaded)).finished:
+        if self.agree(lambda: not _missing(loaded.recipe, run_folder(loaded))):
             return
         total = loaded.recipe.training.images
         tell = self.listener and (lambda row: self.listener({"part": part, "of": total, **row}))
-        run_recipe(loaded, tell)
+        run_recipe(loaded, tell, last=False)
 
     def _search(self, base: Path) -> dict[str, Any]:
         """Find the networks, share out the budget, write the plan and the experts' recipes."""
-        started = time.perf_counter()
         finder = ExpertSearch(self.recipe, base, self.folder / "search", self.state.device, self.agree)
         proposer = build("proposer", self.section.search.proposer)
         bank = MemoryBank(self.folder / "search" / "memory.jsonl" if self.state.is_main_process else None)
         with stopping_at_signals(self):
             found = [finder.find(group, bank, proposer, self._check_stop) for group in finder.groups]
-        own = sum(trial.compute for group in finder.groups for trial in bank.trials(group.number))
-        searched = self.agree(lambda: finder.flops + own)
+        trials = [trial for group in finder.groups for trial in bank.trials(group.number)]
+        searched = self.agree(lambda: finder.flops + sum(trial.compute for trial in trials))
         networks = [one.best.flops for one in found]
         costs = costs_of(self.recipe, finder.components, finder.groups, finder.units.base_flops, searched, networks)
         for group, images in zip(finder.groups, costs.images, strict=True):
@@ -229,7 +246,7 @@ class TdcRun:
         if self.state.is_main_process:
             borders = boundaries(finder.groups, finder.path)
             units = [{"path": unit.path, "kind": unit.kind, "atoms": unit.atoms} for unit in finder.units.units]
-            seconds = time.perf_counter() - started
+            seconds = sum(trial.seconds for trial in trials)
             write_plan(self.folder, self.section, found, borders, finder.units.base_flops, costs, units, seconds)
         self.state.wait_for_everyone()
         return read_plan(self.folder)
@@ -269,15 +286,12 @@ class TdcRun:
         self.state.wait_for_everyone()
         return load(path)
 
-    def _planned(self, recipe: Recipe, folder: Path) -> Planned:
-        resolved = recipe.model_dump(mode="json", by_alias=True)
-        return Planned("", recipe.training.seed, folder, folder / "recipe.yaml", (), resolved)
-
     def _check_stop(self) -> None:
         if self.stop_requested:
             raise Interrupted("stopped in the search; the same command goes on with the trials so far")
 
     def _stop(self, done: str, following: str) -> None:
+        self.state.destroy_process_group()
         logger.info(
             "stopped after %s, as experts.stop_after asks; without it the same command goes on with %s", done, following
         )

@@ -30,12 +30,13 @@ def run_folder(loaded: LoadedRecipe) -> Path:
     return Path(loaded.recipe.training.output or f"outputs/{loaded.name}")
 
 
-def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
+def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: bool = True) -> Path:
     """Train, measure, publish.
 
     Args:
         loaded: The recipe with its name and text.
         listener: Called with every log row, in the main process.
+        last: Whether processes part after it; otherwise another run follows in them.
 
     Returns:
         The run folder.
@@ -67,13 +68,17 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None) -> Path:
         how = "the same command" if recipe.training.resume == "auto" else "the same command with training.resume=auto"
         raise Interrupted(f"stopped at image {run.images}; {how} goes on from there")
     publish(run, loaded.name)
-    run.accelerator.end_training()
+    if last:
+        run.accelerator.end_training()
+    for tracker in () if last else run.accelerator.trackers:
+        tracker.finish()
     return folder
 
 
 def make_room(folder: Path) -> None:
     """Move an earlier run that left anything of worth aside: nothing is mixed, nothing is lost."""
-    if listed(folder / "checkpoints") or any((folder / name).exists() for name in ("pipeline", "adapter")):
+    worth = ("pipeline", "adapter", "base", "search")
+    if listed(folder / "checkpoints") or any((folder / name).exists() for name in worth):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
             number += 1
