@@ -71,6 +71,8 @@ def test_the_state_of_frozen_weights_is_dropped_and_the_rest_kept():
         ({"decay": "cosine"}, 500, 0.5),
         ({"decay": "cosine", "final": 0.2}, 1000, 0.2),
         ({"decay": "linear", "decay_start": 500}, 750, 0.5),
+        ({"decay": "linear", "span": [0, 0.5]}, 1000, 0.5),
+        ({"decay": "linear", "span": [0.5, 1], "warmup": 200}, 600, 0.25),
         ({"decay": "inverse_sqrt", "decay_start": 100}, 400, 0.5),
         ({"decay": "inverse_sqrt", "decay_start": 100}, 50, 1.0),
     ],

@@ -64,6 +64,8 @@ def base_recipe(recipe: Recipe, folder: Path) -> Recipe:
     images = base_images(recipe.experts, recipe.training.images, recipe.training.batch_size)
     values = _shortened(recipe, images, folder, "base")
     values["experts"] = {"type": "none"}
+    if recipe.experts.decay == "joint":
+        values["optimizer"]["schedule"]["span"] = [0.0, recipe.experts.base_share]
     return _checked(values, "base")
 
 
@@ -86,6 +88,8 @@ def member_recipe(recipe: Recipe, group: Group, images: int, start: Path, folder
     values["experts"] = {"type": "member", "number": group.number, "log_sigma": list(group.train)}
     values["training"]["seed"] += 7919 * (group.number + 1)  # an order and noise of its own, not the base's again
     values["optimizer"]["learning_rate"] *= section.learning_rate
+    if section.decay == "joint":
+        values["optimizer"]["schedule"]["span"] = [section.base_share, 1.0]
     values["optimizer"]["schedule"]["warmup"] = images // 20 if section.warmup is None else section.warmup
     return _checked(values, f"expert {group.number}")
 

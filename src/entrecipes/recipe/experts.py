@@ -187,6 +187,9 @@ class TdcSection(Section):
     log sigma."""
     search: Search = Search()
     """How each network is found."""
+    decay: Literal["each", "joint"] = "each"
+    """The learning rate decays over the base's run and over each expert's anew, or once over both: the base ends where
+    the whole budget's decay is by then, and the experts go on from there (our own; take `learning_rate: 1` with it)."""
     learning_rate: float = Field(0.5, gt=0)
     """Factor on the optimizer's learning rate for the experts."""
     warmup: Count | None = None

@@ -28,6 +28,7 @@ def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"objective.{key}", f"with objective.weighting: {weighting}"
     if schedule.decay in ("constant", "inverse_sqrt"):
         yield "optimizer.schedule.final", f"with decay: {schedule.decay}"
+        yield "optimizer.schedule.span", f"with decay: {schedule.decay}"
     if schedule.decay == "constant":
         yield "optimizer.schedule.decay_start", "with decay: constant"
     elif schedule.decay_start >= images:

@@ -23,9 +23,14 @@ class LearningRate(Section):
     """Images seen when the decay begins."""
     final: float = Field(0.0, ge=0, le=1)
     """Share of the peak rate left when training ends (cosine and linear)."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """The part of the decay that this run goes through (cosine and linear): [0, 0.5] is the first half, which
+    another run goes on from."""
 
     @model_validator(mode="after")
     def _decay_has_a_start(self) -> LearningRate:
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"span: {list(self.span)} is no part of a decay; give [from, to], 0 <= from < to <= 1")
         if self.decay == "inverse_sqrt" and not self.decay_start:
             raise ValueError("decay_start: must be above 0 with decay: inverse_sqrt, which divides by it")
         return self

@@ -86,6 +86,7 @@ def learning_rate(section: sections.Optimizer, images: int, total_images: int) -
         return peak * warmup / math.sqrt(max(1.0, images / max(1, schedule.decay_start)))
     start = max(schedule.warmup, schedule.decay_start)
     progress = min(1.0, max(0.0, (images - start) / max(1, total_images - start)))
+    progress = schedule.span[0] + (schedule.span[1] - schedule.span[0]) * progress
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.decay == "cosine" else 1 - progress
     return peak * warmup * (schedule.final + (1 - schedule.final) * shape)
 
