@@ -16,6 +16,7 @@ from entrecipes.experts.costs import TRAINING_PASSES
 from entrecipes.experts.grouping import Group, calls, row_nats
 from entrecipes.experts.tdc import PLAN, read_plan
 from entrecipes.recipe.base import choice
+from entrecipes.recipe.experts import Search
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import Rows, duration, flops, number
 from entrecipes.report.run_folder import RunFolder
@@ -136,17 +137,17 @@ class ExpertRun:
         )
 
     def _search(self) -> str | None:
-        section = self.section.get("search")
-        proposer = section and section["proposer"]["type"]
-        if not proposer or not self.trials:
+        if not self.trials:
             return None
-        memory = section.get("memory")
-        shown = f"shown the best {memory['best']} and last {memory['last']}" if memory else "without a memory"
-        recovery = f"{section['recovery']['steps']} steps of recovery before each is measured"
-        rounds = f"{section['rounds']} rounds of {section['candidates']} plans for each group"
-        return f"{proposer}: {choice('proposer', proposer).summary} {rounds}; {shown}; {recovery}; what stays in a " + (
-            f"unit by {section['criterion']}"
-        )
+        section = Search.model_validate(self.section.get("search") or {})  # a resolved recipe leaves idle keys out
+        proposer, memory = section.proposer.type, section.memory
+        parts = [f"{proposer}: {choice('proposer', proposer).summary}"]
+        if proposer != "uniform":
+            parts[0] += f" {section.rounds} rounds of {section.candidates} plans for each group"
+        if proposer in ("evolution", "llm"):
+            parts.append(f"shown the best {memory.best} and last {memory.last}" if memory else "without a memory")
+        parts.append(f"{section.recovery.steps} steps of recovery before each is measured")
+        return "; ".join([*parts, f"what stays in a unit by {section.criterion}"])
 
     def _measured(self) -> str | None:
         if not self.trials:
