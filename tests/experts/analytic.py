@@ -85,7 +85,7 @@ class Problem:
         """The task, with an importance that says nothing."""
         number = len(self.a)
         return Task(
-            group=SimpleNamespace(number=group),
+            group=SimpleNamespace(number=group, log_sigma=(-1.0, 1.0)),
             units=self.units,
             importance=[1 / number] * number,
             target=self.target,

@@ -52,9 +52,11 @@ def trials(folder: Path) -> list[dict]:
 def test_what_a_run_leaves(finished):
     plan = json.loads((finished / "search/plan.json").read_text())
     small, large = plan["groups"]
-    assert large["ratio"] == 1 and large["flops"] == plan["base_flops"] and large["kept"] == [
-        unit["atoms"] for unit in plan["units"]
-    ]
+    assert (
+        large["ratio"] == 1
+        and large["flops"] == plan["base_flops"]
+        and large["kept"] == [unit["atoms"] for unit in plan["units"]]
+    )
     assert small["flops"] == pytest.approx(0.85 * plan["base_flops"], rel=0.1)
     training = plan["costs"]["training_flops"]
     spent = 3 * sum(group["images"] * group["flops"] for group in plan["groups"])
@@ -138,7 +140,9 @@ def test_a_dit_loses_blocks_and_learns_its_own_noise(tmp_path):
     recipe = write(tmp_path, tiny(DEEP, FLOW, experts=experts, noise=noise, training={"images": 800}))
     done = entrecipes("run", recipe, f"training.output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    generated = entrecipes("generate", tmp_path / "run", "--count", "2", "--steps", "2", "--output", tmp_path / "out.png")
+    generated = entrecipes(
+        "generate", tmp_path / "run", "--count", "2", "--steps", "2", "--output", tmp_path / "out.png"
+    )
     assert generated.returncode == 0, generated.stderr
 
 

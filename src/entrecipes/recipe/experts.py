@@ -205,7 +205,9 @@ class TdcSection(Section):
     def _one_budget(self) -> TdcSection:
         given = [name for name in ("k", "mean", "ratios") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{given[1]}: has no place beside {given[0]}, which already sets the budgets; keep one")
+            raise ValueError(
+                f"{given[1]}: has no place beside {given[0]}, which already sets the budgets; set one of them to null"
+            )
         if self.ratios and len(self.ratios) != self.groups:
             raise ValueError(f"ratios: {len(self.ratios)} given for {self.groups} groups; give one for each")
         return self

@@ -119,12 +119,14 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
             "from diffusers.utils import export_to_gif, load_image, load_video",
         ]
         loader, result, last = "DiffusionPipeline", "frames", 'export_to_gif(frames[0], "samples.gif")'
-    elif needs_entrecipes(run) and not routes(run):
+    elif pipeline.get("library") == "entrecipes" and not routes(run):
         imports = [f"from entrecipes import {pipeline['class']}"]
         loader, result, last = pipeline["class"], "sequences", 'print(*sequences, sep="\\n")'
     else:
         loader, library = (pipeline["class"], "entrecipes") if routes(run) else ("DiffusionPipeline", "diffusers")
         imports = sorted([f"from {library} import {loader}", "from diffusers.utils import make_image_grid"])
+        if pipeline.get("own_model") and not routes(run):
+            imports.append("import entrecipes  # the model's class")
         resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
         result = "images"
         last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'
@@ -195,8 +197,9 @@ def adapter_lines(adapter: dict[str, Any], loader: str, place: str, options: str
 
 
 def needs_entrecipes(run: dict[str, Any]) -> bool:
-    """Whether the pipeline's class is one of ours, not of diffusers, and its source is not beside it."""
-    return run["pipeline"].get("library") == "entrecipes" and not samples_clips(run)
+    """Whether the pipeline's class or its model's is one of ours, not of diffusers, and its source is not beside it."""
+    pipeline = run["pipeline"]
+    return (pipeline.get("library") == "entrecipes" or pipeline.get("own_model", False)) and not samples_clips(run)
 
 
 def samples_clips(run: dict[str, Any]) -> bool:
@@ -207,7 +210,7 @@ def samples_clips(run: dict[str, Any]) -> bool:
 def _card_data(folder: RunFolder, metrics: list[Metric]) -> ModelCardData:
     run, recipe = folder.run, folder.recipe
     data = recipe["data"]
-    makes_images = routes(run) or not needs_entrecipes(run)
+    makes_images = routes(run) or run["pipeline"].get("library") != "entrecipes"
     task = CLIPS_TASK if samples_clips(run) else TASK if makes_images else OTHER_TASK
     results = [
         EvalResult(

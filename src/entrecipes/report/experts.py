@@ -143,7 +143,7 @@ class ExpertRun:
         proposer, memory = section.proposer.type, section.memory
         parts = [f"{proposer}: {choice('proposer', proposer).summary}"]
         if proposer != "uniform":
-            parts[0] += f" {section.rounds} rounds of {section.candidates} plans for each group"
+            parts[0] += f" {section.rounds} rounds of {section.candidates} plans for each group that loses anything"
         if proposer in ("evolution", "llm"):
             parts.append(f"shown the best {memory.best} and last {memory.last}" if memory else "without a memory")
         parts.append(f"{section.recovery.steps} steps of recovery before each is measured")

@@ -108,7 +108,20 @@ def costs_of(
 
 def dry_run_experts(recipe: Recipe) -> tuple[Estimate, list[str]]:
     """Try the base out, and say what the whole would cost. Raises UserError for all that a real run would refuse."""
-    return dry_run(base_recipe(recipe, Path("base"))), expected(recipe)
+    told = expected(recipe)
+    if recipe.experts.base:
+        check_base(recipe, Path(recipe.experts.base))
+    tried = dry_run(base_recipe(recipe, Path("base")))
+    return replace(tried, training_seconds=recipe.training.images / tried.images_per_second), told
+
+
+def check_base(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError unless the folder holds the finished base of a recipe."""
+    if why := _missing(base_recipe(recipe, folder), folder):
+        inner = f" (did you mean {folder / 'base'}?)" if (folder / "base" / "run.json").exists() else ""
+        raise UserError(
+            f"experts.base: {folder} is no run of this recipe's base{inner}: {why}; leave the key out to train it"
+        )
 
 
 def _missing(recipe: Recipe, folder: Path) -> str:
@@ -117,10 +130,10 @@ def _missing(recipe: Recipe, folder: Path) -> str:
         held = load(folder / "recipe.yaml").recipe.model_dump(mode="json", by_alias=True)
         images = json.loads((folder / "run.json").read_text())["images"]
     except (UserError, OSError, ValueError, KeyError):
-        return "it holds no finished run"
+        return "it holds no finished run" if folder.exists() else "no such folder"
     found = differences(held, recipe.model_dump(mode="json", by_alias=True))
     if changes := [change for change in found if not change[0].startswith((*HARMLESS, "pipeline.pretrained"))]:
-        return said(changes)
+        return said(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
     whole = images >= recipe.training.images and (folder / "pipeline" / "model_index.json").exists()
     return "" if whole else "it has not finished"
 
@@ -152,6 +165,11 @@ class TdcRun:
             return self._stop("the search", "the experts")
         for path in recipes:
             start = self.folder / "search" / f"start-{path.stem}"  # wherever the folder has been moved to
+            if not (start / "model_index.json").exists():
+                raise UserError(
+                    f"{start}: missing; bring it from where the search ran, or remove {self.folder / PLAN}: the search "
+                    "is then repeated from its memory bank"
+                )
             here = [f"training.output={path.with_suffix('')}", f"pipeline.pretrained={start}"]
             self._stage(load(path, here), f"expert {path.stem}")
         if self.section.stop_after == "experts":
@@ -213,10 +231,7 @@ class TdcRun:
             self._stage(self._written(recipe, self.folder / "base.yaml"), "base")
             return path
         given = Path(self.section.base)
-        if why := _missing(recipe, given):
-            raise UserError(
-                f"experts.base: {given} is no run of this recipe's base ({why}); leave the key out to train it"
-            )
+        check_base(self.recipe, given)
         return given
 
     def _stage(self, loaded: LoadedRecipe, part: str) -> None:

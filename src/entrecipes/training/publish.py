@@ -122,6 +122,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
             "class": pipeline_class.__name__,
             "library": pipeline_class.__module__.split(".")[0],
             "model_class": components.family.model_class,
+            "own_model": type(run.model).__module__ == "entrecipes",
             "scheduler_class": type(components.scheduler).__name__,
             "prediction_type": components.path.prediction_type,
             "num_classes": run.data.num_classes,
