@@ -108,7 +108,10 @@ def _experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"experts.search.{key}", "with the proposer uniform, which has one plan"
     yield "evaluation.metrics_every", "with experts, which are measured when all are trained"
     yield "experts.search.draws.gate_pivot", "on the search, which measures the loss"
+    if recipe.optimizer.schedule.decay in ("constant", "inverse_sqrt"):
+        yield "experts.decay", f"with optimizer.schedule.decay: {recipe.optimizer.schedule.decay}"
     if experts.groups == 1:
+        yield "experts.split", "with one group"
         yield "experts.by", "with one group"
         yield "experts.overlap", "with one group"
         if experts.k is not None:
