@@ -76,7 +76,7 @@ def test_the_page_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_commands_of_the_page_load() -> None:
     rows = re.findall(r"^\|[^|]+\| `([^|`]*=[^|`]*)` \|$", PAGE, re.MULTILINE)
-    assert len(rows) == 20
+    assert len(rows) == 22
     for changes in rows:
         load("tdc/digits_unet", shlex.split(changes))
     lines = [line for line in PAGE.splitlines() if line.startswith("entrecipes run tdc/")]
