@@ -205,7 +205,8 @@ def _read(path: Path, children: tuple[Path, ...], problems: list[Problem]) -> No
         return None
     if root is None or "extends" not in root.value:
         return root
-    extends = root.value.pop("extends")
+    extends = root.value["extends"]
+    root = Node({key: value for key, value in root.value.items() if key != "extends"}, root.place)
     chain = (*children, path.resolve())
     base = base_of(path, str(extends.value))
     if base is None:

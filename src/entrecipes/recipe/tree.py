@@ -6,6 +6,7 @@ Aliases are refused and a key may be written once: what a recipe says can be see
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,8 +111,9 @@ for _name, (_pattern, _) in _SCALARS.items():
             _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
+@functools.cache  # many recipes extend the same few files, and PyYAML is slow
 def parse(text: str, source: str) -> tuple[Node | None, list[Problem]]:
-    """The tree of a YAML text, and what is wrong with it as YAML.
+    """The tree of a YAML text, not to be changed, and what is wrong with it as YAML.
 
     Args:
         text: One YAML document.
