@@ -19,13 +19,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 
-from entrecipes.diffusion.pipelines import Components, best_device, load_components, load_pipeline
+from entrecipes.diffusion.pipelines import best_device, load_components, load_pipeline
 from entrecipes.errors import UserError
-from entrecipes.experts.costs import Costs, expected_costs, lines
-from entrecipes.experts.grouping import Group, boundaries, calls, make_groups
+from entrecipes.experts.grouping import boundaries
 from entrecipes.experts.proxy_pruning import MemoryBank
-from entrecipes.experts.tdc import PLAN, base_recipe, member_recipe, read_plan, search_flops, write_plan
-from entrecipes.experts.units import Units
+from entrecipes.experts.tdc import PLAN, base_recipe, member_recipe, read_plan, write_plan
 from entrecipes.models.experts import TimestepExperts
 from entrecipes.models.slim import to_stock
 from entrecipes.recipe.base import build
@@ -34,6 +32,7 @@ from entrecipes.recipe.load import LoadedRecipe, dump, load
 from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.dry_run import Estimate, dry_run
+from entrecipes.training.expert_costs import costs_of, expected
 from entrecipes.training.expert_search import ExpertSearch
 from entrecipes.training.launch import Interrupted, make_room, run_folder, run_recipe, stopping_at_signals
 from entrecipes.training.planning import said
@@ -63,47 +62,6 @@ def run_experts(loaded: LoadedRecipe, listener: Listener | None = None) -> Path 
         Interrupted: On SIGINT or SIGTERM; the same command goes on.
     """
     return TdcRun(loaded, listener).go()
-
-
-def expected(recipe: Recipe) -> list[str]:
-    """Groups, budgets and costs in words, as far as they are known before the base is trained.
-
-    Raises:
-        UserError: For budgets that the units of the model can't meet, or a search that leaves nothing to train with.
-    """
-    components, section = load_components(recipe.pipeline, recipe.training.seed), recipe.experts
-    units = Units.of(components.model, section.search.units, components.family.one_pass)
-    groups = make_groups(section, components.path, None, recipe.evaluation.held_out.gate_pivot)
-    for group in groups:
-        if group.ratio < 1:
-            units.project([group.ratio] * len(units.units), group.ratio * units.base_flops, section.search.tolerance)
-    searched = search_flops(recipe, groups, units.base_flops)
-    guessed = "the groups are those of Gaussian data; the base will show those of this data"
-    try:
-        costs = costs_of(recipe, components, groups, units.base_flops, searched)
-    except UserError as error:
-        if section.by != "information":
-            raise
-        return [f"{guessed}: {error}"]
-    return [guessed] * (section.by == "information") + lines(groups, costs, components.path)
-
-
-def costs_of(
-    recipe: Recipe,
-    components: Components,
-    groups: Sequence[Group],
-    base_flops: float,
-    searched: float,
-    networks: Sequence[float] | None = None,
-) -> Costs:
-    """What the run costs with the recipe's own sampler; `networks` are the experts' FLOPs, when they are found."""
-    scheduler = type(components.scheduler).from_config(components.scheduler.config)
-    scheduler.set_timesteps(recipe.evaluation.steps)
-    steps = calls(boundaries(groups, components.path), scheduler.timesteps)
-    training = recipe.training
-    return expected_costs(
-        recipe.experts, groups, base_flops, training.images, searched, steps, networks, training.batch_size
-    )
 
 
 def dry_run_experts(recipe: Recipe) -> tuple[Estimate, list[str]]:
