@@ -11,7 +11,7 @@ from tiny_slim import network, one, predict
 from torch import Tensor
 
 from entrecipes.errors import UserError
-from entrecipes.experts.criteria import importance, rankings, scores
+from entrecipes.experts.criteria import rankings, scores, shares
 from entrecipes.experts.units import Units
 
 KINDS = ("widths", "heads", "feed_forward")
@@ -133,19 +133,19 @@ def test_random_goes_by_its_seed():
     model, units = measured("geglu")
     orders = [torch.cat(rankings(units, model, "random", seed=seed)) for seed in (1, 1, 2)]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
-    assert importance(units, model, "random") == pytest.approx([1 / len(units.units)] * len(units.units))
+    assert shares(scores(units, model, "random")) == pytest.approx([1 / len(units.units)] * len(units.units))
 
 
-def test_importance_is_a_share_and_a_block_has_all_that_is_in_it():
+def test_shares_sum_to_one_and_a_block_has_all_that_is_in_it():
     model, units = measured("geglu", (*KINDS, "blocks"))
-    found = importance(units, model, "taylor", [loss_of(model)])
+    found = shares(scores(units, model, "taylor", [loss_of(model)]))
     assert sum(found) == pytest.approx(1) and min(found) > 0
     for i, unit in enumerate(units.units):
         if unit.kind == "blocks":
             inside = sum(share for share, other in zip(found, units.units, strict=True) if other.parent == i)
             assert found[i] == pytest.approx(inside, rel=1e-6)
     _, alone = measured("scale_shift", ("blocks",))
-    assert min(importance(alone, network("scale_shift"), "magnitude")) > 0
+    assert min(shares(scores(alone, network("scale_shift"), "magnitude"))) > 0
 
 
 def test_a_diverged_base_and_missing_losses_are_named():

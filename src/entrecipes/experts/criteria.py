@@ -84,25 +84,13 @@ def rankings(
     return [ranked(values) for values in scores(units, model, criterion, losses, threshold, seed)]
 
 
-def importance(
-    units: Units,
-    model: ModelMixin,
-    criterion: Criterion,
-    losses: Losses = (),
-    threshold: float = 0.05,
-    seed: int = 0,
-) -> tuple[float, ...]:
-    """Share of each unit in the sum over all of its atoms' scores; sums to 1, all alike for `random`."""
-    return shares(scores(units, model, criterion, losses, threshold, seed))
-
-
 def ranked(values: Tensor) -> Tensor:
     """Places of the scores [atoms], the highest first."""
     return values.argsort(descending=True, stable=True)
 
 
 def shares(found: list[Tensor]) -> tuple[float, ...]:
-    """Share of each unit in the sum of all scores, as `importance`."""
+    """Share of each unit in the sum over all atoms' scores; sums to 1, all alike for `random`."""
     sums = torch.stack([values.sum() for values in found])
     total = sums.sum()
     return tuple((sums / total if total > 0 else torch.full_like(sums, 1 / len(sums))).tolist())
