@@ -57,7 +57,7 @@ def test_a_weak_atom_of_every_unit_ranks_last(name, criterion):
     weak = [i % unit.atoms for i, unit in enumerate(units.units)]
     for unit, atom in zip(units.units, weak, strict=True):
         weaken(model, unit, atom)
-    order = rankings(units, model, criterion, [loss_of(model)])
+    order = rankings(scores(units, model, criterion, [loss_of(model)]))
     assert [ranks[-1].item() for ranks in order] == weak
     assert all(
         sorted(ranks.tolist()) == list(range(unit.atoms)) for ranks, unit in zip(order, units.units, strict=True)
@@ -131,7 +131,7 @@ def test_the_model_is_left_as_it_was(criterion):
 
 def test_random_goes_by_its_seed():
     model, units = measured("geglu")
-    orders = [torch.cat(rankings(units, model, "random", seed=seed)) for seed in (1, 1, 2)]
+    orders = [torch.cat(rankings(scores(units, model, "random", seed=seed))) for seed in (1, 1, 2)]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
     assert shares(scores(units, model, "random")) == pytest.approx([1 / len(units.units)] * len(units.units))
 

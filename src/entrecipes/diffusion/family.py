@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entrecipes.diffusion.space import LatentSpace, PixelSpace, Space
 from entrecipes.errors import UserError
+from entrecipes.models.experts_pipeline import ExpertsPipeline
 
 
 class Family(ABC):
@@ -81,8 +82,6 @@ class Family(ABC):
         pipeline = self.assemble(model, scheduler, vae)
         if not hasattr(model, "experts"):
             return pipeline
-        from entrecipes.models.experts_pipeline import ExpertsPipeline
-
         return ExpertsPipeline(denoiser=model, scheduler=scheduler, vae=getattr(pipeline, "vae", None))
 
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:

@@ -72,21 +72,9 @@ def scores(
     return result
 
 
-def rankings(
-    units: Units,
-    model: ModelMixin,
-    criterion: Criterion,
-    losses: Losses = (),
-    threshold: float = 0.05,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Of each unit its atoms, int64 [atoms], the best first and equal ones in their old order; see `scores`."""
-    return [ranked(values) for values in scores(units, model, criterion, losses, threshold, seed)]
-
-
-def ranked(values: Tensor) -> Tensor:
-    """Places of the scores [atoms], the highest first."""
-    return values.argsort(descending=True, stable=True)
+def rankings(found: list[Tensor]) -> list[Tensor]:
+    """From scores, of each unit its atoms, int64 [atoms], the best first and equal ones in their old order."""
+    return [values.argsort(descending=True, stable=True) for values in found]
 
 
 def shares(found: list[Tensor]) -> tuple[float, ...]:

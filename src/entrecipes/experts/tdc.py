@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
@@ -22,12 +22,15 @@ from entrecipes.recipe.experts import MemberSection, OneNetworkSection, TdcSecti
 from entrecipes.recipe.noise import InfoNoiseSection
 from entrecipes.recipe.schema import Recipe
 
-PLAN = "search/plan.json"
+PLAN, MEMORY = "search/plan.json", "search/memory.jsonl"
 FORMAT = 1
 
 
 class OneNetwork:
     """One network for all noise levels."""
+
+    samples: ClassVar[bool] = True
+    """Whether what is trained makes samples worth looking at."""
 
     def __init__(self, section: OneNetworkSection | MemberSection | TdcSection) -> None:
         self.section = section
@@ -39,6 +42,8 @@ class OneNetwork:
 
 class Member(OneNetwork):
     """One expert: the noise levels of its group."""
+
+    samples = False
 
     def limited(self, path: GaussianPath) -> GaussianPath:
         return path.within(*self.section.log_sigma)

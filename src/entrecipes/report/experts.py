@@ -10,18 +10,16 @@ from typing import Any
 
 import diffusers
 
-import entrecipes.recipe.experts  # noqa: F401 (registers its choices)
 from entrecipes.errors import UserError
 from entrecipes.experts.costs import TRAINING_PASSES
 from entrecipes.experts.grouping import Group, calls, row_nats
-from entrecipes.experts.tdc import PLAN, read_plan
+from entrecipes.experts.tdc import MEMORY, PLAN, read_plan
 from entrecipes.recipe.base import choice
 from entrecipes.recipe.experts import Search
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import Rows, duration, flops, number
 from entrecipes.report.run_folder import RunFolder
 
-MEMORY = "search/memory.jsonl"
 GROUPED = {
     "timestep": "equal shares of the scheduler's training time",
     "snr": "equal range of log SNR",
@@ -82,10 +80,8 @@ class ExpertRun:
     @cached_property
     def base_row(self) -> Row | None:
         """The base's last held-out measurement."""
-        for place in (self.folder.path / "base", Path(self.section.get("base") or ".")):
-            if (rows := _held_out(place)) and place != Path("."):
-                return rows[-1]
-        return None
+        rows = _held_out(Path(self.section.get("base") or self.folder.path / "base"))
+        return rows[-1] if rows else None
 
     @cached_property
     def expert_rows(self) -> list[Row | None]:

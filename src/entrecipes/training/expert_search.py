@@ -21,7 +21,7 @@ from entrecipes.evaluation.evaluator import evaluating
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.scoring import Scoring
 from entrecipes.experts.costs import TRAINING_PASSES
-from entrecipes.experts.criteria import ranked, scores, shares
+from entrecipes.experts.criteria import rankings, scores, shares
 from entrecipes.experts.grouping import Group, group_nats, make_groups
 from entrecipes.experts.proxy_pruning import Measured, MemoryBank, Proposer, Task, Trial, search
 from entrecipes.experts.tdc import Found
@@ -183,7 +183,7 @@ class GroupTrials:
     @cached_property
     def order(self) -> list[Tensor]:
         """Of each unit's channels, heads or features, the best first."""
-        return [ranked(values) for values in self.worth]
+        return rankings(self.worth)
 
     def _losses(self) -> list[Callable[[], Tensor]]:
         """The base's loss at each noise level, from the cleanest, with gradients; weighted as training draws levels

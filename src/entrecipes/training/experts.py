@@ -23,7 +23,7 @@ from entrecipes.diffusion.pipelines import best_device, load_components, load_pi
 from entrecipes.errors import UserError
 from entrecipes.experts.grouping import boundaries
 from entrecipes.experts.proxy_pruning import MemoryBank
-from entrecipes.experts.tdc import PLAN, base_recipe, member_recipe, read_plan, write_plan
+from entrecipes.experts.tdc import MEMORY, PLAN, base_recipe, member_recipe, read_plan, write_plan
 from entrecipes.models.experts import TimestepExperts
 from entrecipes.models.slim import to_stock
 from entrecipes.recipe.base import build
@@ -205,7 +205,7 @@ class TdcRun:
         """Find the networks, share out the budget, write the plan and the experts' recipes."""
         finder = ExpertSearch(self.recipe, base, self.folder / "search", self.state.device, self.agree)
         proposer = build("proposer", self.section.search.proposer)
-        bank = MemoryBank(self.folder / "search" / "memory.jsonl" if self.state.is_main_process else None)
+        bank = MemoryBank(self.folder / MEMORY if self.state.is_main_process else None)
         with stopping_at_signals(self):
             found = [finder.find(group, bank, proposer, self._check_stop) for group in finder.groups]
         trials = [trial for group in finder.groups for trial in bank.trials(group.number)]

@@ -70,8 +70,9 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
     publish(run, loaded.name)
     if last:
         run.accelerator.end_training()
-    for tracker in () if last else run.accelerator.trackers:
-        tracker.finish()
+    else:  # which would end the processes' connection, too
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
     return folder
 
 

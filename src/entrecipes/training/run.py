@@ -80,7 +80,8 @@ class Run:
         check_launch(recipe.training, self.device, self.world_size)
 
         self.components = parts or load_components(recipe.pipeline, training.seed)
-        self.components.path = build("experts", recipe.experts).limited(self.components.path)
+        self.experts = build("experts", recipe.experts)
+        self.components.path = self.experts.limited(self.components.path)
         with self.accelerator.main_process_first():  # what the first one caches the others find
             self.data = open_data(recipe.data, self.components, self.device)
         self.space = self.data.space

@@ -39,7 +39,7 @@ def measure_when_due(run: Run, before: int) -> None:
         nats = evaluator.nats(run.eval_model) if nats_due or metrics_due else {}
         if nats_due:
             _log_nats(run, nats)
-        if run.folder and run.recipe.experts.type != "member" and run.due(training.sample_every, before):
+        if run.folder and run.experts.samples and run.due(training.sample_every, before):
             grid = evaluator.grid(run.eval_model)
             if run.accelerator.is_main_process:
                 save_grid(grid.pictures, run.grid_path, grid.columns, grid.scale, grid.texts)
