@@ -63,4 +63,28 @@ class DiffFitSection(Section):
     images that diffusers' models have, and the input layer where a condition is concatenated to the noisy sample."""
 
 
+@register("adapter", implementation="entrecipes.blocks.side_adapters:SideAdapter", paper="SimDA (arXiv 2308.09710)")
+class SimDASection(Section):
+    """SimDA: small spatial, feed-forward and temporal bottlenecks beside a frozen video model's layers."""
+
+    type: Literal["simda"] = "simda"
+    spatial: float = Field(0.25, gt=0, le=1)
+    """Width of the bottlenecks beside attention and feed-forward, as a share of the layer's."""
+    temporal: float = Field(0.5, gt=0, le=1)
+    """Width of the temporal bottlenecks after the residual blocks, as a share of theirs."""
+    shift: int = Field(0, ge=0)
+    """Latent-shift attention: keys and values come from up to so many frames away, by position; 0 is off."""
+
+
+@register(
+    "adapter", implementation="entrecipes.blocks.side_adapters:SideAdapter", paper="I2V-Adapter (arXiv 2312.16693)"
+)
+class I2VAdapterSection(Section):
+    """I2V-Adapter: queries of all frames attend to the given frame beside a frozen video model's spatial attention."""
+
+    type: Literal["i2v_adapter"] = "i2v_adapter"
+    blocks: Literal["all", "up"] = "all"
+    """Which spatial attentions get a branch: all, or those on the way up alone (RDTF's own baseline)."""
+
+
 AdapterSection = union("adapter")

@@ -205,4 +205,47 @@ class VideoFolderData(VideoData):
     """What is cut out of each frame: the square in its middle, or one that follows the person."""
 
 
+class StickerKeys(Data):
+    """Keys of the sources of captioned clips, such as stickers. A clip counts as one image."""
+
+    kind: ClassVar[str] = "stickers"
+
+    image_size: int | None = Field(None, ge=8)
+    """Side of the square that frames are resized to, in pixels; null: what the model takes."""
+    frames: int = Field(8, ge=2)
+    """Frames of a clip."""
+    max_bad_clips: int = Field(50, ge=0)
+    """Clips that can't be used (undecodable, too short), which are named and skipped; one more is an error."""
+
+
+@register("data", implementation="entrecipes.data.stickers:load")
+class StickersData(StickerKeys):
+    """Animated and static stickers with captions: the embedded set (32 px, no download), or a prepared folder."""
+
+    type: Literal["stickers"] = "stickers"
+    name: str = "stickers"
+    """`stickers`, the embedded set, or a folder that `scripts/prepare_stickers.py` made."""
+    static: bool = True
+    """Train on still stickers, too: clips of one frame."""
+    groups: tuple[str, ...] = Field(("*",), min_length=1)
+    """Patterns of the groups to take, such as `Animals*`."""
+
+
+@register("data", implementation="entrecipes.data.captioned_clips:load")
+class CaptionedClipsData(StickerKeys):
+    """A prepared set of videos (`mocap`, `people`) as captioned clips, to pre-train a text-to-video model on."""
+
+    type: Literal["captioned_clips"] = "captioned_clips"
+    name: str = "mocap"
+    """A set of `entrecipes data ls`, or a folder that `entrecipes data prepare --output` made."""
+    frame_step: int = Field(2, ge=1)
+    """Frames of the video from one frame of a clip to the next."""
+    clip_step: PositiveCount | None = None
+    """Frames of the video from the start of one clip to the next; null: half of what a clip spans."""
+    videos: tuple[str, ...] = Field(("*",), min_length=1)
+    """Patterns of the names of the videos to take, such as `walk/*`."""
+    caption: str = "a video of a person doing a {motion}"
+    """The text of a clip; {motion} is the video's name before the slash, with spaces for underscores."""
+
+
 DataSection = union("data")

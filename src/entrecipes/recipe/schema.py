@@ -12,12 +12,13 @@ from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
 from entrecipes.recipe.data import DataSection
 from entrecipes.recipe.evaluation import METRICS, Evaluation
 from entrecipes.recipe.experts import ExpertsSection, MemberSection, OneNetworkSection, TdcSection
+from entrecipes.recipe.masks import MasksSection, NoMasksSection
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
 from entrecipes.recipe.prune import NoPruningSection, PruneSection
 from entrecipes.recipe.training import AdamWOptimizer, OptimizerSection, Training
 
-_KIND_OF_MODEL = {"SequenceTransformer1DModel": "sequences", "WanTransformer3DModel": "clips"}
+_KIND_OF_MODEL = {"SequenceTransformer1DModel": "sequences", "WanTransformer3DModel": "clips", "DFGNModel": "stickers"}
 """Classes that don't denoise images."""
 
 
@@ -44,6 +45,8 @@ class Recipe(Section):
     """Which networks serve which noise levels."""
     curriculum: CurriculumSection = NoCurriculumSection()
     """Which part of each sample is trained on, and when."""
+    masks: MasksSection = NoMasksSection()
+    """Which frames of a sticker are given, and which count."""
     optimizer: OptimizerSection = AdamWOptimizer()
     """How the weights move."""
     training: Training
