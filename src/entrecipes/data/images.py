@@ -107,10 +107,15 @@ class ImageSet:
         labels: int64 [N], or None.
         captions: One text an image, or None.
         keypoints: Clips only: the pose in every frame, float32 [N, F, 13, 3]: x and y in [0, 1], visibility.
+        lengths: Stickers only: frames of each clip before its padding, int64 [N]; 1 for a still.
+        motion: Stickers only: rank of its motion (mean absolute difference between successive frames) in the set, float
+            [N] in [0, 1]; 0 for a still.
+        text: Stickers only: what the text encoders make of the captions, float16 [N, T, D].
         bad_images: Names of unreadable images, left out so far.
         rendered: Clips only: they show a drawn figure, no real person.
         tensor: uint8 [N, C, H, W] in CPU memory; for a latent set float [N, 2C, h, w] (mean and standard deviation);
-            for clips uint8 [N, 3, 2F + 1, H, W]: F frames, then their F pose maps, then a reference image.
+            for clips uint8 [N, 3, 2F + 1, H, W]: F frames, then their F pose maps, then a reference image; for
+            stickers uint8 [N, 3, F, H, W], and their latents float [N, 2C, F, h, w].
         mirrored: Latent sets only: the latents of the mirrored images, same shape.
         rows: Images on disk, decoded when asked for.
         max_bad_images: How many unreadable images a lazy set may skip.
@@ -127,6 +132,9 @@ class ImageSet:
     bad_images: list[str] = field(default_factory=list)
     rendered: bool = False
     keypoints: Tensor | None = None
+    lengths: Tensor | None = None
+    motion: Tensor | None = None
+    text: Tensor | None = None
     tensor: Tensor | None = None
     mirrored: Tensor | None = None
     rows: ImageRows | None = None
@@ -166,7 +174,7 @@ class ImageSet:
         index = torch.as_tensor(indices, dtype=torch.int64)
         cut = {
             name: None if (value := getattr(self, name)) is None else value[index]
-            for name in ("labels", "keypoints", "tensor", "mirrored")
+            for name in ("labels", "keypoints", "lengths", "motion", "text", "tensor", "mirrored")
         }
         return replace(
             self,

@@ -31,6 +31,12 @@ class Batch:
     """int64 [n], or None."""
     indices: Tensor
     """int64 [n]: which images of the set these are (after a bad image: the ones asked for)."""
+    lengths: Tensor | None = None
+    """Stickers only, as the next two: frames before the padding, int64 [n]."""
+    motion: Tensor | None = None
+    """Rank of the motion, float [n]."""
+    text: Tensor | None = None
+    """Embedded captions, float16 [n, T, D]."""
 
 
 def batches(
@@ -136,7 +142,11 @@ def _from_memory(image_set: ImageSet, order: Order, starts: _Starts, share: int,
         raise ValueError("latents can't be mirrored: cache them with flip=True")
     images = image_set.tensor.to(order.device)
     flipped = image_set.mirrored.to(order.device) if flip and image_set.mirrored is not None else None
-    labels = None if image_set.labels is None else image_set.labels.to(order.device)
+    beside = {
+        name: value.to(order.device)
+        for name in ("labels", "lengths", "motion", "text")
+        if (value := getattr(image_set, name)) is not None
+    }
     for start in starts:
         indices, mirrored = order.at(start, share)
         batch = images.index_select(0, indices)
@@ -144,7 +154,8 @@ def _from_memory(image_set: ImageSet, order: Order, starts: _Starts, share: int,
             batch = torch.where(mirrored[:, None, None, None], flipped.index_select(0, indices), batch)
         elif flip:
             batch = mirror(batch, mirrored)
-        yield Batch(batch, None if labels is None else labels.index_select(0, indices), indices)
+        chosen = {name: values.index_select(0, indices) for name, values in beside.items()}
+        yield Batch(batch, **({"labels": None} | chosen), indices=indices)
 
 
 @dataclass(frozen=True)
