@@ -18,7 +18,7 @@ from entrecipes.evaluation.metrics import MEASURES, Origin, embed, kid, kid_subs
 from entrecipes.evaluation.pose_detector import PoseDetector, pose_metrics
 from entrecipes.evaluation.result import Metric, metric_name
 from entrecipes.evaluation.video_features import VideoExtractor
-from entrecipes.recipe.evaluation import CLIP_METRICS, IMAGE_METRICS
+from entrecipes.recipe.evaluation import IMAGE_METRICS, METRICS
 
 LEAST_CLIPS = 4
 PSNR_CAP = 100.0
@@ -59,10 +59,10 @@ class Pairs:
 
     real: ClipSide
     fake: ClipSide
-    keypoints: Tensor | None
-    detector: PoseDetector | None
     seed: int
     origin: Origin
+    keypoints: Tensor | None = None
+    detector: PoseDetector | None = None
 
     def metric(self, name: str, tag: str, values: Tensor, *, higher_is_better: bool, **about: str | float) -> Metric:
         """Mean and spread of one value a clip [N]."""
@@ -77,6 +77,38 @@ class Pairs:
 
 
 _REAL: WeakKeyDictionary[FeatureExtractor, dict[str, ClipSide]] = WeakKeyDictionary()
+
+
+def sides(
+    real: Tensor,
+    fake: Tensor,
+    extractor: FeatureExtractor,
+    video: VideoExtractor | None,
+    batch_size: int,
+    real_fingerprint: str | None,
+) -> tuple[ClipSide, ClipSide]:
+    """The real and the generated clips; see [`compare_clips`].
+
+    Raises:
+        UserError: When they don't pair or are too few.
+    """
+    if real.shape != fake.shape or real.ndim != 5 or len(real) < LEAST_CLIPS:
+        raise UserError(
+            f"evaluation.samples: real clips {list(real.shape)} and generated clips {list(fake.shape)} can't be "
+            f"compared; give at least {LEAST_CLIPS} pairs of one shape [N, 3, F, H, W]"
+        )
+    known = _REAL.setdefault(extractor, {}) if real_fingerprint else {}
+    key = f"{real_fingerprint}-{video and (video.tag, video.version)}"
+    if key not in known:
+        known[key] = ClipSide(real, extractor, video, batch_size)
+    return known[key], ClipSide(fake, extractor, video, batch_size)
+
+
+def check_metrics(metrics: Sequence[str], kind: str) -> None:
+    """Raise UserError for a metric that isn't measured on that kind of data."""
+    for name in metrics:
+        if name not in METRICS[kind]:
+            raise UserError(f"evaluation.metrics: there is no '{name}' of {kind}{nearest(name, METRICS[kind])}")
 
 
 def compare_clips(
@@ -116,23 +148,12 @@ def compare_clips(
     Raises:
         UserError: For an unknown metric, clips that don't pair or are too few, or a number that isn't finite.
     """
-    for name in metrics:
-        if name not in CLIP_METRICS:
-            raise UserError(f"evaluation.metrics: there is no '{name}' of clips{nearest(name, CLIP_METRICS)}")
-    if real.shape != fake.shape or real.ndim != 5 or len(real) < LEAST_CLIPS:
-        raise UserError(
-            f"evaluation.samples: real clips {list(real.shape)} and generated clips {list(fake.shape)} can't be "
-            f"compared; give at least {LEAST_CLIPS} pairs of one shape [N, 3, F, H, W]"
-        )
-    known = _REAL.setdefault(extractor, {}) if real_fingerprint else {}
-    key = f"{real_fingerprint}-{video and (video.tag, video.version)}"
-    if key not in known:
-        known[key] = ClipSide(real, extractor, video, batch_size)
+    check_metrics(metrics, "clips")
+    both = sides(real, fake, extractor, video, batch_size, real_fingerprint)
     about = {**(origin or {}), "samples": len(fake), "frames": fake.shape[2], "size": fake.shape[-1]}
-    fake_side = ClipSide(fake, extractor, video, batch_size)
-    pairs = Pairs(known[key], fake_side, keypoints, detector, seed, about)
+    pairs = Pairs(*both, seed, about, keypoints, detector)
     # The perceptual distance embeds the frames on its way, so that it goes first.
-    found = {name: _MEASURES[name](pairs) for name in sorted(metrics, key=lambda name: name != "perceptual")}
+    found = {name: CLIP_MEASURES[name](pairs) for name in sorted(metrics, key=lambda name: name != "perceptual")}
     return [metric for name in metrics for metric in found[name]]
 
 
@@ -148,10 +169,12 @@ def _measure_ssim(pairs: Pairs) -> list[Metric]:
     return [pairs.metric("ssim", "", _in_parts(pairs, ssim), higher_is_better=True, torchmetrics=version)]
 
 
-def _measure_psnr(pairs: Pairs) -> list[Metric]:
-    def decibels(fake: Tensor, real: Tensor) -> Tensor:
-        return (10 * torch.log10(255.0**2 / (fake - real).square().mean((1, 2, 3)))).clamp(max=PSNR_CAP)
+def decibels(fake: Tensor, real: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio, at most `PSNR_CAP`, of each frame: floats [n, 3, H, W] in 0..255 -> [n]."""
+    return (10 * torch.log10(255.0**2 / (fake - real).square().mean((1, 2, 3)))).clamp(max=PSNR_CAP)
 
+
+def _measure_psnr(pairs: Pairs) -> list[Metric]:
     return [pairs.metric("psnr", "", _in_parts(pairs, decibels), higher_is_better=True, cap=PSNR_CAP)]
 
 
@@ -265,7 +288,7 @@ def _measure_motion(pairs: Pairs) -> list[Metric]:
     return [Metric(f"motion_gap_{len(fake)}", abs(1 - ratio), None, origin, higher_is_better=False)]
 
 
-_MEASURES: dict[str, Callable[[Pairs], list[Metric]]] = {
+CLIP_MEASURES: dict[str, Callable[[Pairs], list[Metric]]] = {
     "ssim": _measure_ssim,
     "psnr": _measure_psnr,
     "perceptual": _measure_perceptual,
