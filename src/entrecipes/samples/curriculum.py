@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +14,79 @@ from entrecipes.recipe.curriculum import NoCurriculumSection, Phase, PhasesSecti
 
 
 class Curriculum(Protocol):
-    """Decides what of a batch is trained on. All of it follows from images seen, so that there is no state to keep."""
+    """Decides what of a batch is trained on, and what is asked of it.
+
+    Called by the registry as `Choice(section, model=, kind=, tasks=, images=, frames=, device=)`: the model, the kind
+    of data, the tasks that `masks:` draws from, the run's images, the frames of a clip (None without frames), and the
+    device of all tensors. What is not overridden here does nothing.
+    """
+
+    records: ClassVar[bool] = False
+    """Whether `record` does anything; the trainer gathers losses over processes only then."""
 
     def advance(self, images: int) -> list[dict[str, Any]]:
-        """Enter what is due at `images`: a row for each change, `what` in one sentence."""
-
-    def view(self, batch: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
-        """The part of a batch [n, ...] to train on; `uniform()` gives random numbers [n] in [0, 1) to cut with."""
-
-    def eligible(self, name: str) -> bool:
-        """Whether the weight of this name may be trained now."""
-
-
-class WholeSamples:
-    """Everything of every sample."""
-
-    def __init__(self, section: NoCurriculumSection, model: nn.Module, kind: str) -> None:
-        pass
-
-    def advance(self, images: int) -> list[dict[str, Any]]:
+        """Enter what is due at `images`: a row for each change, `what` in one sentence. It follows from images seen."""
         return []
 
     def view(self, batch: Tensor, uniform: Callable[[], Tensor]) -> Tensor:
+        """The part of a batch [n, ...] to train on; `uniform()` gives random numbers [n] in [0, 1) to cut with."""
         return batch
 
     def eligible(self, name: str) -> bool:
+        """Whether the weight of this name may be trained now."""
         return True
 
+    def odds(self, images: int, n: int, motion: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+        """How likely each task is for each sample, without waiting for the device.
 
-class Phases:
+        Args:
+            images: Seen so far.
+            n: Samples of this process's batch.
+            motion: How much each moves, its rank in [0, 1] [n]; None: not known.
+            lengths: Frames that each has, int64 [n]; None: all.
+
+        Returns:
+            Odds float32 [n, len(tasks)], of any sum; None: all the same.
+        """
+        return None
+
+    def record(self, task: Tensor, loss: Tensor, x0_error: Tensor, log_sigma: Tensor) -> None:
+        """Take note of a batch over all processes, without waiting for the device.
+
+        Args:
+            task: int64 [n], index into `recipe.masks.TASKS`; those that are not among the curriculum's are ignored.
+            loss: Losses of the objective [n].
+            x0_error: Squared x0 errors, mean over the dimensions that count [n].
+            log_sigma: Noise levels [n].
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values that a checkpoint must hold for an exact resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+    def facts(self) -> dict[str, Any]:
+        """What to log of it, as plain numbers (this waits for the device); empty when there is nothing to say."""
+        return {}
+
+
+class WholeSamples(Curriculum):
+    """Everything of every sample."""
+
+    def __init__(self, section: NoCurriculumSection, model: nn.Module, kind: str, **context: Any) -> None:
+        pass
+
+
+class Phases(Curriculum):
     """Ent-Prog's three data stages, or any others, over clips uint8 [n, 3, 2F + 1, H, W] (frames, poses, reference).
 
     Raises:
         UserError: For data that are no clips, or a pattern that matches no parameter.
     """
 
-    def __init__(self, section: PhasesSection, model: nn.Module, kind: str) -> None:
+    def __init__(self, section: PhasesSection, model: nn.Module, kind: str, **context: Any) -> None:
         if kind != "clips":
             raise UserError(f"curriculum.type: phases cuts clips, and the data are {kind}; take none")
         self.section = section

@@ -41,3 +41,7 @@ class StepRandom:
     def uniform(self) -> Tensor:
         """Uniform numbers in [0, 1), one a row of this process."""
         return torch.rand(self.batch_size, generator=self.generator, device=self.generator.device)[self.rows]
+
+    def common(self) -> Tensor:
+        """One uniform number in [0, 1), the same in every process."""
+        return torch.rand((), generator=self.generator, device=self.generator.device)
