@@ -9,7 +9,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SYSTEM_SITE ?= 0
-EXTRAS ?= dev,features,tracking,data,video,search
+EXTRAS ?= dev,features,tracking,data,video,search,text
 
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)

