@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,25 @@ def write_run(
     train: Callable[[float], float] | None = None,
     seconds_per_image: float = SECONDS_PER_IMAGE,
     higher: Callable[[float], float] | None = None,
+    measured: Sequence[int] = IMAGES,
     **facts: Any,
 ) -> ArmRun:
-    """A run that measured at `IMAGES` and logged its clock at quarters of its budget."""
+    """A run that measured at these image counts, the last of which is its budget, and logged its clock at quarters."""
     folder.mkdir(parents=True)
+    budget = measured[-1]
     rows: list[dict[str, Any]] = [{"kind": "held_out", "images": 0, "nats": 1e6, "split": "held_out"}]
     for quarter in range(1, 5):
-        images = BUDGET * quarter // 4
+        images = budget * quarter // 4
         rows.append({"kind": "train", "images": images, "loss": 1 / images, "seconds": images * seconds_per_image})
-    for images in IMAGES:
+    for images in measured:
         row = {"kind": "held_out", "images": images, "nats": nats(images), "split": "held_out", "log_sigma": [-3, 3]}
         rows.append(row | {"train_nats": (train or nats)(images)})
         if higher:
             rows.append(metric_row("precision_x_10", higher(images), seed, True) | {"kind": "metric", "images": images})
-    metrics = [metric_row("heldout_nats", nats(BUDGET), seed, False)]
-    metrics += [metric_row("precision_x_10", higher(BUDGET), seed, True)] if higher else []
+    metrics = [metric_row("heldout_nats", nats(budget), seed, False)]
+    metrics += [metric_row("precision_x_10", higher(budget), seed, True)] if higher else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = {"images": BUDGET, "seed": seed, "seconds_training": BUDGET * seconds_per_image, "metrics": metrics}
+    own = {"images": budget, "seed": seed, "seconds_training": budget * seconds_per_image, "metrics": metrics}
     (folder / "run.json").write_text(json.dumps(RUN | own | facts))
     return ArmRun(seed, folder, jobs=1)
 

@@ -14,6 +14,7 @@ from test_report import Page
 
 from entrecipes.errors import UserError
 from entrecipes.report.comparison.arms import ArmRun, Spread
+from entrecipes.report.comparison.comparison import Comparison
 from entrecipes.report.comparison.curve import Curve, mean_curve, read_curve
 from entrecipes.report.comparison.notes import notes, overfitting_seeds
 from entrecipes.report.comparison.page import to_json, write_comparison
@@ -170,6 +171,57 @@ def test_metrics_for_which_higher_is_better(tmp_path):
     by_title = {table.title.split(" (")[0]: table for table in tables(compared)}
     assert by_title["precision_x_10"].rows[1][4] == "in 1 of 1"
     assert by_title["heldout_nats"].rows[1][3] == "in 0 of 1", "equal is not better"
+
+
+# -- on equal terms ---------------------------------------------------------------------------------------------------
+
+
+def line(images: float) -> float:
+    """Falls as the images grow, so that reading between two measurements gives exactly this."""
+    return 50 - images / 1000
+
+
+def shown(compared: Comparison, title: str) -> dict[str, list[str]]:
+    """The rows by arm of the only table with this in its title."""
+    (table,) = [table for table in tables(compared) if title in table.title]
+    return {row[0]: row[1:] for row in [["header", *table.header[1:]], *table.rows]}
+
+
+def test_arms_of_unequal_images_are_read_at_the_most_that_all_have_seen(tmp_path):
+    runs = {
+        "short": {s: write_run(tmp_path / f"a{s}", s, lambda n, s=s: 60 + s, measured=[4000, 9000]) for s in (0, 1)},
+        "long": {s: write_run(tmp_path / f"b{s}", s, line, higher=line, measured=[5000, 15_000]) for s in (0, 1)},
+        "late": {0: write_run(tmp_path / "c", 0, line, higher=line, measured=[9500, 20_000])},
+    }
+    rows = shown(comparison(runs), "At equal images: after 9,000 images of each arm, linear")
+    assert rows["header"] == ["heldout_nats (lower is better)"], "the other metric has one arm to be read"
+    assert rows["short"] == ["60.5 (60 to 61)"] and rows["long"] == ["41"], "50 - 9, between 45 and 35"
+    assert rows["late"] == ["-"], "nothing is known before the first measurement"
+    assert not any("At equal seconds" in table.title for table in tables(comparison(runs)))
+    runs["late"][0] = write_run(tmp_path / "d", 0, line, higher=line, measured=[8000, 20_000])
+    both = comparison(runs)
+    assert shown(both, "At equal images")["header"][1:] == ["precision_x_10 (higher is better)"]
+    assert shown(both, "At equal images")["late"] == ["41", "41"]
+    assert to_json(both)["equal"][0]["values"]["heldout_nats"]["long"]["by_seed"] == {"0": 41, "1": 41}
+
+
+def test_arms_of_equal_images_are_read_at_the_seconds_of_the_fastest(tmp_path):
+    runs = {
+        "slow": {0: write_run(tmp_path / "a", 0, line, measured=[2000, 10_000], seconds_per_image=0.02)},
+        "fast": {0: write_run(tmp_path / "b", 0, line, measured=[2000, 10_000], seconds_per_image=0.01)},
+    }
+    rows = shown(comparison(runs), "At equal seconds: after 100 s of training of each arm, linear")
+    assert rows["slow"] == ["45"] and rows["fast"] == ["40"], "after 5,000 images, and at the end"
+    runs["slow"][0] = write_run(tmp_path / "c", 0, line, measured=[10_000], seconds_per_image=0.02)
+    assert not any("At equal" in table.title for table in tables(comparison(runs))), "one arm alone can be read"
+
+
+def test_the_costs_name_what_was_trained(tmp_path):
+    runs = arms(tmp_path, base=[5.0])
+    runs["lora"] = {0: write_run(tmp_path / "lora", 0, falling(5), trainable_parameters=4321)}
+    rows = shown(comparison(runs), "The whole run")
+    assert rows["header"][3:5] == ["trainable parameters", "parameters"]
+    assert rows["base"][3:5] == ["1,234,567"] * 2 and rows["lora"][3:5] == ["4321", "1,234,567"]
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------

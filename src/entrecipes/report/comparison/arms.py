@@ -16,6 +16,7 @@ from entrecipes.report.comparison.curve import Curve, read_curve
 from entrecipes.report.run_folder import RunFolder
 
 TRAIN_NATS, SECONDS, SPEED, MEMORY = "train_nats", "seconds of training", "images per second", "peak memory (GiB)"
+TRAINABLE, PARAMETERS = "trainable parameters", "parameters"
 STEP_MEMORY, SAVED, STATE = "step memory (MiB)", "saved activations (MiB)", "gradients and optimizer (MiB)"
 """Numbers of a run that are no metric of run.json; those in MiB are of the step that holds the most."""
 
@@ -67,11 +68,12 @@ class ArmRun:
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Every final number of the run: its metrics, the nats on training images, seconds, speed, memory."""
+        """Every final number of the run: its metrics, the nats on training images, seconds, speed, memory, sizes."""
         values = {name: metric.value for name, metric in self.metrics.items()}
         if self.held_out and self.held_out[-1].get(TRAIN_NATS) is not None:
             values[TRAIN_NATS] = self.held_out[-1][TRAIN_NATS]
         keys = {SECONDS: "seconds_training", SPEED: "images_per_second", MEMORY: "peak_memory_gib"}
+        keys |= {TRAINABLE: "trainable_parameters", PARAMETERS: "parameters"}
         values |= {name: self.facts[key] for name, key in keys.items() if self.facts.get(key) is not None}
         return values | {name: value / 2**20 for name, value in self._step_bytes().items()}
 

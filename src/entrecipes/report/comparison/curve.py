@@ -75,6 +75,10 @@ class Curve:
             return math.inf
         return float(np.interp(images, [0, *self.images], [0, *self.seconds]))
 
+    def at(self, point: float, unit: str = "images") -> float:
+        """The metric after `point` images (or `seconds`), linear between measurements; NaN before and after them."""
+        return float(np.interp(point, getattr(self, unit), self.values, math.nan, math.nan))
+
 
 def read_curve(folder: RunFolder, metric: str) -> Curve:
     """The curve of a metric from a run's metrics.jsonl.

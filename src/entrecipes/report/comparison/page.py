@@ -14,6 +14,7 @@ from entrecipes.recipe.load import display
 from entrecipes.report.comparison.arms import Arm, Spread
 from entrecipes.report.comparison.comparison import Comparison
 from entrecipes.report.comparison.curve import Curve
+from entrecipes.report.comparison.equal import Reading, readings
 from entrecipes.report.comparison.notes import notes
 from entrecipes.report.comparison.plots import draw_comparison
 from entrecipes.report.comparison.tables import headlines, seeds_text, tables
@@ -78,6 +79,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             "command": comparison.command,
             "facts": _facts(comparison),
             "arms": {name: _arm(comparison, arm) for name, arm in comparison.arms.items()},
+            "equal": [_reading(reading) for reading in readings(comparison)] if comparison.others else [],
             "origins": {metric.name: metric.origin for metric in _metrics(comparison)},
             "notes": notes(comparison),
         }
@@ -126,6 +128,11 @@ def _spread(spread: Spread) -> dict[str, Any] | None:
         return None
     numbers = {"mean": spread.mean, "median": spread.median, "low": spread.low, "high": spread.high}
     return numbers | {"by_seed": spread.by_seed}
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    values = {name: {arm: _spread(each) for arm, each in arms.items()} for name, arms in reading.values.items()}
+    return {"unit": reading.unit, "point": reading.point, "values": values}
 
 
 def _facts(comparison: Comparison) -> dict[str, Any]:

@@ -6,12 +6,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from entrecipes.report.comparison.arms import MEMORY, SAVED, SECONDS, SPEED, STATE, STEP_MEMORY, TRAIN_NATS, Spread
+from entrecipes.report.comparison.arms import (
+    MEMORY,
+    PARAMETERS,
+    SAVED,
+    SECONDS,
+    SPEED,
+    STATE,
+    STEP_MEMORY,
+    TRAIN_NATS,
+    TRAINABLE,
+    Spread,
+)
 from entrecipes.report.comparison.comparison import Comparison
+from entrecipes.report.comparison.equal import Reading, readings
 from entrecipes.report.facts import number
 
 NOT_REACHED = "not reached"
-COSTS = (SECONDS, SPEED, MEMORY)
+COSTS = (SECONDS, SPEED, MEMORY, TRAINABLE, PARAMETERS)
 STEP = (STEP_MEMORY, SAVED, STATE)
 
 
@@ -37,11 +49,12 @@ class Table:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The speed-ups, the compared metric, and every other final number."""
+    """The speed-ups, the compared metric, every other final number, what can be read on equal terms, the costs."""
     if not comparison.others:
         return [_only(comparison)]
     numbers = [_number(comparison, name) for name in _others(comparison)]
-    found = [_speedups(comparison), _otherwise(comparison), _metric(comparison), *numbers, _costs(comparison)]
+    equal = [_equal(comparison, reading) for reading in readings(comparison)]
+    found = [_speedups(comparison), _otherwise(comparison), _metric(comparison), *numbers, *equal, _costs(comparison)]
     return found + ([_step_memory(comparison)] if STEP_MEMORY in comparison.value_names else [])
 
 
@@ -187,6 +200,15 @@ def _number(comparison: Comparison, name: str) -> Table:
         rows.append([arm, spread_text(own), *(texts if arm != comparison.baseline else ["baseline", ""])])
     title = f"{name}{_direction(comparison, name)}: mean (lowest to highest)"
     return Table(title, ["arm", "final", "final - baseline", "better"], rows)
+
+
+def _equal(comparison: Comparison, reading: Reading) -> Table:
+    """What all arms had measured by the same image count, or after the same seconds."""
+    header = ["arm", *(f"{name}{_direction(comparison, name)}" for name in reading.values)]
+    rows = [[arm, *(spread_text(spreads[arm]) for spreads in reading.values.values())] for arm in comparison.arms]
+    point = f"{reading.point:,.0f} images" if reading.unit == "images" else f"{number(reading.point)} s of training"
+    title = f"At equal {reading.unit}: after {point} of each arm, linear between two measurements"
+    return Table(f"{title}; mean (lowest to highest)", header, rows)
 
 
 def _costs(comparison: Comparison) -> Table:
