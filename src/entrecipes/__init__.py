@@ -15,6 +15,7 @@ _LAZY = {
     "SequenceTransformer1DModel": "entrecipes.models.sequence",
     "SequencePipeline": "entrecipes.models.sequence",
     "PoseVideoPipeline": "entrecipes.models.pose_video",
+    "DFGNModel": "entrecipes.models.dfgn",
     "TimestepExperts": "entrecipes.models.experts",
     "ExpertsPipeline": "entrecipes.models.experts_pipeline",
     "SlimUNet2DModel": "entrecipes.models.slim",
