@@ -38,7 +38,7 @@ def cache_latents(
     The result's `tensor` is [N, 2C, h, w] in `dtype`: mean, then standard deviation, before the VAE's scaling factor
     and shift; with `flip`, `mirrored` holds those of the mirrored images. Of clips it is [N, 4C, F', h, w]: mean and
     standard deviation of the frames, then the latents (modes) of the pose maps and of a video that shows the reference
-    on every frame. The file is keyed by the set's fingerprint
+    on every frame. Of stickers it is [N, 2C, F, h, w], frame by frame. The file is keyed by the set's fingerprint
     (pixels and resizing), `vae_id`, the VAE's weights and their dtype, `dtype` and `flip`; whether it was found is
     logged with its path.
 
@@ -109,10 +109,14 @@ def _encode(
 
 
 def _moments(vae: AutoencoderKL | AutoencoderKLWan, pixels: Tensor) -> Tensor:
-    """What is kept of images [n, C, H, W], or of clips with their condition [n, 3, 2F + 1, H, W]."""
+    """What is kept of images [n, C, H, W], of stickers [n, 3, F, H, W] behind a VAE of images, or of clips with their
+    condition [n, 3, 2F + 1, H, W] behind one of videos."""
     if pixels.dim() == 4:
         posterior = vae.encode(pixels).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1)
+    if isinstance(vae, AutoencoderKL):
+        frames = _moments(vae, pixels.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)
     clips, poses, reference = clip_parts(pixels)
     posterior = vae.encode(clips).latent_dist
     condition = [vae.encode(video).latent_dist.mode() for video in (poses, reference[:, :, None].expand_as(poses))]

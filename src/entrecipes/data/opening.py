@@ -10,15 +10,16 @@ import torch
 from entrecipes.data.images import ImageSet, Splits
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.stream import IterableImageSet
+from entrecipes.data.text import embed
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.diffusion.space import Space
 from entrecipes.errors import UserError
 from entrecipes.recipe.base import build
-from entrecipes.recipe.data import Data, ImageData, VideoData, WindowData
+from entrecipes.recipe.data import Data, ImageData, StickerKeys, VideoData, WindowData
 
 logger = logging.getLogger(__name__)
 
-LATENT_BATCH = {"images": 16, "clips": 1}
+LATENT_BATCH = {"images": 16, "clips": 1, "stickers": 2}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
         found = len(images.train.label_names or ()) or int(images.train.labels.max()) + 1
         if found > num_classes:
             raise UserError(f"data: {images.train.name} has {found} classes, but the model is built for {num_classes}")
+    if components.text:
+        parts = (images.train, images.held_out)
+        images = Splits(*(part and replace(part, text=embed(part.captions, components.text, device)) for part in parts))
     if components.vae is None:
         space = components.family.space(components.model)
         return OpenedData(images.train, images.held_out, space, images, found, _sample_shape(images, components))
@@ -135,11 +139,22 @@ def _open_clips(section: VideoData, components: Components) -> Splits:
     return build("data", section)
 
 
+def _open_stickers(section: StickerKeys, components: Components) -> Splits:
+    if section.image_size not in (None, components.image_size):
+        raise UserError(
+            f"data.image_size: {section.image_size} px, but the model takes {components.image_size}; leave it out, or "
+            "change sample_size in the model's config"
+        )
+    return build("data", section, image_size=components.image_size)
+
+
 def _sample_shape(images: Splits, components: Components) -> tuple[int, ...]:
+    if components.family.kind == "stickers":
+        return tuple(images.train.tensor.shape[1:])
     if components.family.kind != "clips":
         return components.sample_shape
     channels, slices, *size = images.train.tensor.shape[1:]
     return channels, slices // 2, *size
 
 
-OPENERS = {"images": _open_images, "sequences": _open_sequences, "clips": _open_clips}
+OPENERS = {"images": _open_images, "sequences": _open_sequences, "clips": _open_clips, "stickers": _open_stickers}

@@ -35,7 +35,8 @@ class Asked:
     @classmethod
     def stack(cls, rows: Sequence[Asked]) -> Asked:
         """One batch of single rows."""
-        return cls(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*map(_parts, rows), strict=True)))
+        parts = zip(*map(_parts, rows), strict=True)
+        return cls(*(None if part[0] is None else torch.stack(part) for part in parts))
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrecipes.diffusion.family import Family
+from entrecipes.diffusion.family import Condition, Family
 from entrecipes.diffusion.path import GaussianPath
 
 
@@ -20,14 +20,14 @@ class Denoiser:
     family: Family
     path: GaussianPath
 
-    def __call__(self, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Predict from the noisy images.
 
         Args:
             x0: Clean images or latents [n, C, H, W].
             noise: Standard normal noise of the same shape.
             log_sigma: Noise levels [n].
-            condition: Class labels int64 [n], condition maps float [n, C, F, H, W], or None.
+            condition: Class labels int64 [n], condition maps float [n, C, F, H, W], what is `Asked` of clips, or None.
 
         Returns:
             The network's prediction and its target, both [n, C, H, W] in the network's own prediction space.
@@ -38,7 +38,7 @@ class Denoiser:
         return prediction, self.path.target(x0, noise, log_sigma)
 
     @torch.inference_mode()
-    def x0_error(self, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Tensor | None) -> Tensor:
+    def x0_error(self, x0: Tensor, noise: Tensor, log_sigma: Tensor, condition: Condition) -> Tensor:
         """Squared error of the predicted x0, mean over dimensions [n] (put the model in eval mode first)."""
         prediction, target = self(x0, noise, log_sigma, condition)
         error = (prediction.float() - target.float()).square().flatten(1).mean(1)

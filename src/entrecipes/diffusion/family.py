@@ -9,9 +9,13 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
+from entrecipes.diffusion.asked import Asked
 from entrecipes.diffusion.space import LatentSpace, PixelSpace, Space
 from entrecipes.errors import UserError
 from entrecipes.models.experts_pipeline import ExpertsPipeline
+
+Condition = Tensor | Asked | None
+"""Class labels int64 [n], condition maps float [n, C, F, H, W], what is asked of captioned clips, or nothing."""
 
 
 class Family(ABC):
@@ -24,7 +28,7 @@ class Family(ABC):
     guidance: ClassVar[bool]
     """Whether the stock pipeline offers classifier-free guidance."""
     kind: ClassVar[str] = "images"
-    """What the model denoises: `images`, `sequences` of symbols, or `clips` of video."""
+    """What the model denoises: `images`, `sequences` of symbols, `clips` with poses, or `stickers` (with texts)."""
     vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
     """What compresses for it, where it takes a VAE."""
     output_type: ClassVar[str] = "pt"
@@ -33,11 +37,8 @@ class Family(ABC):
     """Other pipelines, by class name, whose parts the family's own pipeline can be made of."""
 
     @abstractmethod
-    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-        """Call the model (or a wrapper of it): `sample` [n, C, ...], `timestep` [n] -> [n, C, ...].
-
-        `condition` is what the model is conditioned on: class labels [n], or maps [n, C, F, H, W].
-        """
+    def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Call the model (or a wrapper of it): `sample` [n, C, ...], `timestep` [n] -> [n, C, ...]."""
 
     @abstractmethod
     def num_classes(self, model: ModelMixin) -> int | None:
@@ -63,9 +64,10 @@ class Family(ABC):
         steps: int,
         guidance_scale: float,
         generator: list[torch.Generator],
+        **options: Any,
     ) -> Tensor:
         """Sample with the family's pipeline: uint8 [num_images, ...], as a data set holds them."""
-        asked = self.asked_for(condition, num_images, guidance_scale)
+        asked = self.asked_for(condition, num_images, guidance_scale) | options
         output = pipeline(**asked, num_inference_steps=steps, generator=generator, output_type=self.output_type)
         return self.as_held(output)
 
@@ -115,6 +117,11 @@ class Family(ABC):
 
     def prepare_for_training(self, model: ModelMixin, from_scratch: bool) -> None:  # noqa: B027 (optional)
         """Adjust a fresh or loaded model to our trainer; nothing by default."""
+
+    def check_text(self, model: ModelMixin, text: Any) -> None:
+        """Refuse text encoders (`TextEncoders` or None) that the model can't follow (here: any). Raises `UserError`."""
+        if text is not None:
+            raise UserError(f"pipeline.build.text: {self.model_class} follows no text; leave it out")
 
     def check_vae(self, model: ModelMixin, vae: ModelMixin | None) -> None:
         """Refuse a VAE that the stock pipeline can't carry (here: any). Raises `UserError`."""

@@ -46,17 +46,25 @@ class Objective:
         time = torch.sigmoid(log_sigma)
         return compute_loss_weighting_for_sd3(section.weighting, time) / time.square()
 
-    def __call__(self, prediction: Tensor, target: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, prediction: Tensor, target: Tensor, log_sigma: Tensor, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compare a prediction with its target.
 
         Args:
             prediction: Network output [n, ...], of any floating dtype.
             target: What it should be, same shape.
             log_sigma: Noise levels [n].
+            counted: Of clips [n, C, F, ...]: which frames count, bool [n, F]; None: all.
 
         Returns:
-            The weighted loss and the x0 error (detached), both mean over dimensions [n], float32.
+            The weighted loss and the x0 error (detached), both mean over the dimensions that count [n], float32.
         """
-        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        square = (prediction.float() - target.float()).square()
+        if counted is None:
+            error = square.flatten(1).mean(1)
+        else:
+            by_frame = square.mean(dim=(1, *range(3, square.ndim)))
+            error = (by_frame * counted).sum(1) / counted.sum(1)
         scale = self.path.x0_error_scale(log_sigma.double())
         return error * (self.weight(log_sigma) * scale).float(), error.detach() * scale.float()

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin, SchedulerMixin, WanPipeline
 
 import entrecipes
+from entrecipes.data.text import TextEncoders
 from entrecipes.diffusion import lora
 from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
@@ -32,11 +33,17 @@ class Components:
     """Where the VAE came from, with its revision; the latent cache's key."""
     family: Family
     path: GaussianPath
+    text: TextEncoders | None = None
+    """What embeds the texts that the model follows."""
 
     def pipeline(self, model: ModelMixin | None = None) -> DiffusionPipeline:
         """The stock pipeline around these parts, with another copy of the model if given, quiet while it samples."""
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         pipeline = self.family.around(model or self.model, scheduler, self.vae)
+        if self.text:
+            parts = self.text.components()
+            pipeline.register_to_config(text_tokens=parts.pop("text_tokens"))
+            pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -78,6 +85,8 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
         pipeline = load_pipeline(section.pretrained, section.revision)
         family = family_of_pipeline(pipeline)
         known = (family.component, "denoiser", "scheduler", "vae")
+        if family.kind == "stickers":
+            known += tuple(name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer")))
         if others := [name for name, part in pipeline.components.items() if part is not None and name not in known]:
             raise UserError(
                 f"{section.pretrained}: {type(pipeline).__name__} also carries {', '.join(others)}, which is not "
@@ -86,6 +95,7 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
         model, vae = family.denoiser(pipeline), getattr(pipeline, "vae", None)
         scheduler = getattr(pipeline.scheduler, "base", pipeline.scheduler)  # the stock one of an InfoNoiseScheduler
         vae_id = f"{section.pretrained}@{section.revision}/vae"
+        text = TextEncoders.of(pipeline)
     else:
         build = section.build
         family = family_of(_known(build.model.class_name, FAMILIES, "pipeline.build.model.class"))
@@ -97,15 +107,17 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
         vae = _from_hub(family.vae_class, build.vae, build.vae_revision) if build.vae else None
+        text = TextEncoders.load(build.text) if build.text else None
     if family.kind != "clips" and not isinstance(model.config.sample_size, int):
         raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
     family.check_vae(model, vae)
+    family.check_text(model, text)
     if to_sample:
         family.check_scheduler(scheduler)
     family.prepare_for_training(model, from_scratch=section.pretrained is None)
     if vae is not None:
         vae = None if isinstance(vae, AutoencoderKL) and is_pixel_vae(vae) else vae.requires_grad_(False).eval()
-    return Components(model, scheduler, vae, vae_id, family, GaussianPath.from_scheduler(scheduler))
+    return Components(model, scheduler, vae, vae_id, family, GaussianPath.from_scheduler(scheduler), text)
 
 
 def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline:

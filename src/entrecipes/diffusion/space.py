@@ -99,7 +99,7 @@ class ClipSpace(Space):
 
     def pictures(self, samples: Tensor) -> Tensor:
         """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
-        return samples.permute(0, 1, 3, 2, 4).flatten(3)
+        return film_strips(samples)
 
 
 class LatentClipSpace(ClipSpace):
@@ -123,6 +123,31 @@ class LatentClipSpace(ClipSpace):
 
     def _normalised(self, latents: Tensor) -> Tensor:
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
+
+
+class StickerSpace(PixelSpace):
+    """x0 is a clip of pixels in [-1, 1], uint8 [n, 3, F, H, W] in the data set."""
+
+    columns = 1
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
+        return film_strips(samples)
+
+
+class LatentStickerSpace(LatentSpace):
+    """x0 is a clip in the latents of an image VAE, frame by frame [n, C, F, h, w]."""
+
+    columns = 1
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
+        return film_strips(samples)
+
+
+def film_strips(clips: Tensor) -> Tensor:
+    """Clips [n, 3, F, H, W] -> their frames side by side, [n, 3, H, F * W]."""
+    return clips.permute(0, 1, 3, 2, 4).flatten(3)
 
 
 class SymbolSpace(Space):

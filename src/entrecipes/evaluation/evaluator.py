@@ -14,6 +14,7 @@ from torch import Tensor
 
 from entrecipes.data.images import ImageSet
 from entrecipes.data.opening import OpenedData
+from entrecipes.diffusion.asked import Asked
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.diffusion.space import clip_parts
@@ -27,7 +28,8 @@ from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.ngrams import compare_ngrams
 from entrecipes.evaluation.pose_detector import pose_detector
 from entrecipes.evaluation.result import Metric
-from entrecipes.evaluation.side_by_side import moving, strips
+from entrecipes.evaluation.side_by_side import beside, hide, moving, strips, under
+from entrecipes.evaluation.stickers import compare_stickers
 from entrecipes.recipe.base import build
 from entrecipes.recipe.evaluation import Evaluation
 
@@ -67,6 +69,15 @@ class Evaluator:
         if "fvd" in section.metrics:
             found["video"] = build(
                 "video_features", section.video_features, features=self.extractor, device=self.device
+            )
+        if "text" in section.metrics:
+            found["text"] = build(
+                "text_features",
+                section.text_features,
+                features=self.extractor,
+                train=images.train,
+                held_out=images.held_out,
+                device=self.device,
             )
         if "pose" in section.metrics:
             found["detector"] = pose_detector(section.pose, images.train, images.held_out, self.device)
@@ -147,7 +158,7 @@ class Evaluator:
 
     def _x0(self, images: ImageSet, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """Clean images or latents and their condition, drawn by the seed, on the device."""
-        return draw_x0(self.data, images, count, seed, self.device)
+        return draw_x0(self.data, images, count, seed, self.device, self.section.task)
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
@@ -161,9 +172,11 @@ class Evaluator:
         section = self.section
         if condition is None and self.data.num_classes:
             condition = balanced_labels(count, self.data.num_classes)
-        if condition is None and self.components.family.kind == "clips":
+        if condition is None and self.components.family.kind in ("clips", "stickers"):
             _, condition = self.clips(count)
         pipeline = self.components.pipeline(model).to(self.device)
+        stickers = self.components.family.kind == "stickers"
+        options = {"frame_guidance_scale": section.frame_guidance_scale} if stickers else {}
         with evaluating(model):
             return generate(
                 pipeline,
@@ -175,17 +188,28 @@ class Evaluator:
                 seed=section.seed,
                 batch_size=section.batch_size,
                 shard=self.shard,
+                **options,
             )
 
-    def clips(self, count: int) -> tuple[Tensor, Tensor]:
-        """Clips whose poses and references are asked for: uint8 [count, 3, 2F + 1, H, W], and their condition maps.
+    def clips(self, count: int) -> tuple[Tensor, Tensor | Asked]:
+        """Clips that give what is asked for: uint8 [count, 3, 2F + 1, H, W] with poses and a reference, or stickers.
 
         Drawn by the evaluation's seed from the first split: held-out ones where there are any; in turn if too few.
+
+        Returns:
+            The clips, and the condition maps (or what is `Asked` of stickers).
         """
+        drawn, condition, _ = self._clips(count)
+        return drawn, condition
+
+    def _clips(self, count: int) -> tuple[Tensor, Tensor | Asked, list[str]]:
+        """The same, with the captions of stickers."""
         split = next(iter(self.splits))
         drawn, indices = draw(getattr(self.data.images, split), count, self.section.seed)
         turn = torch.arange(count) % len(drawn)
-        return drawn[turn], conditions(self.data, split, indices)[turn]
+        captions = getattr(self.data.images, split).captions or [""] * (max(indices) + 1)
+        condition = conditions(self.data, split, indices, self.section.task)[turn]
+        return drawn[turn], condition, [captions[indices[i]] for i in turn.tolist()]
 
     def grid(self, model: ModelMixin) -> SampleGrid:
         """The sample grid: one column a class, at most ten; clips beside what was asked for."""
@@ -197,6 +221,12 @@ class Evaluator:
             real, poses, reference = clip_parts(clips)
             shown = (reference, poses, real, samples)
             return SampleGrid(strips(*shown), 1, moving=moving(*shown), scale=scale)
+        if self.components.family.kind == "stickers":
+            clips, condition, captions = self._clips(rows)
+            samples = self.samples(model, rows, condition)
+            shown = (hide(clips, condition.given.cpu()), clips, samples)
+            scale = max(1, SEEN_PIXELS // samples.shape[-1])
+            return SampleGrid(under(*shown), 1, texts=captions, moving=beside(*shown), scale=scale)
         columns = min(self.data.num_classes or space.columns, GRID_COLUMNS)
         labels = balanced_labels(columns * rows, columns) if self.data.num_classes else None
         samples = self.samples(model, columns * rows, labels)
@@ -222,7 +252,8 @@ class Evaluator:
     def _sample_metrics(self, model: ModelMixin, origin: dict[str, Any]) -> list[Metric]:
         section, kind = self.section, self.components.family.kind
         real = self.data.images.train if section.reference == "train" else self.data.images.held_out
-        count = section.samples if kind == "clips" else section.reference_samples or section.samples
+        paired = kind in ("clips", "stickers")
+        count = section.samples if paired else section.reference_samples or section.samples
         drawn, indices = draw(real, count, section.seed)
         origin = origin | {
             "split": section.reference,
@@ -241,11 +272,26 @@ class Evaluator:
             "real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}",
         }
         if kind == "clips":
-            fake = self.samples(model, len(drawn), conditions(self.data, section.reference, indices))
+            fake = self.samples(model, len(drawn), conditions(self.data, section.reference, indices, section.task))
             joints = None if real.keypoints is None else real.keypoints[indices]
             frames = drawn[:, :, : fake.shape[2]]
             return compare_clips(
                 section.metrics, self.extractor, frames, fake, keypoints=joints, **self.judges, **about
+            )
+        if kind == "stickers":
+            condition = conditions(self.data, section.reference, indices, section.task)
+            fake = self.samples(model, len(drawn), condition)
+            about["origin"] = origin | {"task": section.task, "frame_guidance_scale": section.frame_guidance_scale}
+            captions = [real.captions[i] for i in indices] if real.captions else None
+            return compare_stickers(
+                section.metrics,
+                self.extractor,
+                drawn,
+                fake,
+                captions=captions,
+                given=condition.given[0].cpu(),
+                **self.judges,
+                **about,
             )
         return compare(section.metrics, self.extractor, drawn, self.samples(model, section.samples), **about)
 

@@ -40,12 +40,14 @@ def generate(
     seed: int,
     batch_size: int,
     shard: Shard = Shard(),  # noqa: B008 (frozen)
+    **options: Any,
 ) -> Tensor:
     """Sample `count` images; image i starts from the seed `seed + i` whatever the batch or the process.
 
     Args:
         condition: One label or condition map [C, F, H, W] an image, or None for an unconditional model.
         shard: Processes that share the work; every one gets all images.
+        options: Whatever else the pipeline is called with.
 
     Returns:
         uint8 [count, C, H, W] (sequences: symbol ids [count, L]; clips: [count, 3, F, H, W]) on the CPU.
@@ -57,5 +59,5 @@ def generate(
         indices = mine[start : start + batch_size]
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
         wanted = [condition[i] for i in indices] if condition is not None else None
-        images.append(family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators))
+        images.append(family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators, **options))
     return shard.gather(torch.cat(images))[:count].cpu()

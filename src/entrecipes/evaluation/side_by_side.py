@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entrecipes.diffusion.space import film_strips
+
 
 def strips(reference: Tensor, *rows: Tensor) -> Tensor:
     """Film strips of clips, one over the other: pose maps first, then clips, the reference left of the first of those.
@@ -19,7 +21,22 @@ def strips(reference: Tensor, *rows: Tensor) -> Tensor:
     blank = torch.full_like(reference, 255)
     lefts = [reference if i == 1 else blank for i in range(len(rows))]
     rows = [torch.cat([left[:, :, None], row], dim=2) for left, row in zip(lefts, rows, strict=True)]
-    return torch.cat([row.permute(0, 1, 3, 2, 4).flatten(3) for row in rows], dim=2)
+    return under(*rows)
+
+
+def hide(clips: Tensor, given: Tensor) -> Tensor:
+    """Clips uint8 [n, 3, F, H, W] with a grey picture in place of every frame that is not given (bool [n, F])."""
+    return torch.where(given[:, None, :, None, None], clips, torch.full_like(clips, 224))
+
+
+def under(*rows: Tensor) -> Tensor:
+    """Film strips of clips uint8 [n, 3, F, H, W], one over the other: [n, 3, rows * H, F * W]."""
+    return torch.cat([film_strips(row) for row in rows], dim=2)
+
+
+def beside(*columns: Tensor) -> Tensor:
+    """The same as one picture a frame, a clip a row: uint8 [F, 3, n * H, columns * W]."""
+    return torch.cat(columns, dim=4).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
 def moving(reference: Tensor, *columns: Tensor) -> Tensor:
@@ -29,4 +46,4 @@ def moving(reference: Tensor, *columns: Tensor) -> Tensor:
         Pictures uint8 [F, 3, n * H, (1 + columns) * W].
     """
     still = reference[:, :, None].expand_as(columns[0])
-    return torch.cat([still, *columns], dim=4).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    return beside(still, *columns)

@@ -146,8 +146,11 @@ def _measuring(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"evaluation.{key}", "while evaluation.metrics is empty"
     elif recipe.data.kind == "sequences":
         yield "evaluation.features", "with sequences"
-    elif recipe.data.kind == "clips":
+    elif recipe.data.kind in ("clips", "stickers"):
         yield "evaluation.reference_samples", "with clips, which are compared in pairs"
-    for key, metric in (("video_features", "fvd"), ("pose", "pose")):
+    if recipe.data.kind != "stickers":
+        for key in ("task", "frame_guidance_scale"):
+            yield f"evaluation.{key}", f"with {recipe.data.kind}"
+    for key, metric in (("video_features", "fvd"), ("text_features", "text"), ("pose", "pose")):
         if metric not in recipe.evaluation.metrics:
             yield f"evaluation.{key}", f"without the metric {metric}"

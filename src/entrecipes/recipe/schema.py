@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from entrecipes.recipe.base import Section
 from entrecipes.recipe.blocks import AllBlocksSection, BlocksSection, EntProgSection, StagedBlocksSection
-from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection
+from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection, TaskCurriculumKeys
 from entrecipes.recipe.data import DataSection
 from entrecipes.recipe.evaluation import METRICS, Evaluation
 from entrecipes.recipe.experts import ExpertsSection, MemberSection, OneNetworkSection, TdcSection
@@ -68,7 +68,9 @@ class Recipe(Section):
             and not (self.data.held_out or getattr(self.data, "held_out_split", None))
         ):
             problems.append("evaluation.reference: 'held_out' needs data.held_out above 0")
-        problems += self._kind_problems() + self._adapter_problems() + self._expert_problems()
+        problems += (
+            self._kind_problems() + self._sticker_problems() + self._adapter_problems() + self._expert_problems()
+        )
         if self.prune.type != "none" and isinstance(self.blocks, StagedBlocksSection):
             numbered = [name for stage in self.blocks.stages for name in stage.train if re.search(r"\d", name)]
             problems += [f"blocks: '{name}' names a block by number, which prune changes" for name in numbered]
@@ -127,6 +129,25 @@ class Recipe(Section):
             problems.append("data.streaming: the search of experts draws chosen training images; set it to false")
         return problems
 
+    def _sticker_problems(self) -> list[str]:
+        """Masks, tasks and texts are for captioned clips, and go together."""
+        stickers, tasks = self.data.kind == "stickers", isinstance(self.curriculum, TaskCurriculumKeys)
+        masks, build = self.masks, self.pipeline.build
+        problems = []
+        if masks.type != "none" and not stickers:
+            problems.append(f"masks.type: '{masks.type}' is for stickers, not for {self.data.kind}; take none")
+        if masks.type == "dual" and stickers and masks.lengths[1] > self.data.frames:
+            problems.append(f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}")
+        if tasks and masks.type == "none":
+            problems.append(f"curriculum.type: '{self.curriculum.type}' chooses among the tasks of masks.type: dual")
+        if tasks and masks.type == "dual" and len(masks.tasks) == 1:
+            problems.append(f"curriculum.type: '{self.curriculum.type}' has one task in masks.tasks; take none")
+        if build and build.text and not stickers:
+            problems.append("pipeline.build.text: only a DFGNModel follows texts; leave it out")
+        if self.blocks.adapter.type in ("simda", "i2v_adapter") and not stickers:
+            problems.append(f"blocks.adapter.type: '{self.blocks.adapter.type}' is for models of stickers; take lora")
+        return problems
+
     def _kind_problems(self) -> list[str]:
         """Images, sequences and clips need models and metrics of their own."""
         kind, build = self.data.kind, self.pipeline.build
@@ -137,10 +158,10 @@ class Recipe(Section):
             for name in self.evaluation.metrics
             if name not in allowed
         ]
-        measured = kind == "clips" and self.evaluation.metrics and not problems
+        measured = kind in ("clips", "stickers") and self.evaluation.metrics and not problems
         if measured and self.data.held_out and "reference" not in self.evaluation.model_fields_set:
             problems.append(
-                "evaluation.reference: by default generated clips have the poses of clips that were trained on; set "
+                "evaluation.reference: by default generated clips are asked for with clips that were trained on; set "
                 "held_out (or train, if that is meant)"
             )
         model = build and build.model.class_name

@@ -34,11 +34,12 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
 
     batch = next(batches)
     samples = run.curriculum.view(batch.images, random.uniform)
-    x0 = run.space.encode(samples, random.normal)
-    condition = run.condition(samples, batch.labels)
+    frames = run.draw_frames(batch)
+    x0 = frames.of(run.space.encode(samples, random.normal))
+    condition = run.condition(samples, batch, x0, frames)
 
     log_sigma, weight = run.noise.sample(training.batch_size, random.generator)
-    level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype)
+    level, weight = log_sigma[random.rows], weight[random.rows].to(x0.dtype) * frames.weight
     noise = random.normal(*x0.shape[1:])
 
     rate = learning_rate(run.recipe.optimizer, run.images, training.images) * run.pruner.rate(run.images)
@@ -48,7 +49,7 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
         with synchronise(), run.costs.watch():
             asked = condition if condition is None else condition[rows]
             prediction, target = run.denoiser(x0[rows], noise[rows], level[rows], asked)
-            loss, x0_error = run.objective(prediction, target, level[rows])
+            loss, x0_error = run.objective(prediction, target, level[rows], frames[rows].counted)
             taught = run.pruner.distillation(prediction, x0[rows], noise[rows], level[rows], asked)
             run.accelerator.backward(((loss + taught) * weight[rows]).sum() / len(x0))
         losses.append(loss.detach())
@@ -59,6 +60,6 @@ def step(run: Run, batches: Iterator[Batch]) -> None:
 
     run.images += training.batch_size
     run.update_ema()
-    run.record(log_sigma, weight, losses, x0_errors, grad_norm)
+    run.record(frames, log_sigma, weight, losses, x0_errors, grad_norm)
     run.refresh_noise()
     run.advance_blocks()

@@ -38,9 +38,10 @@ class StepRandom:
         size = (self.batch_size, *shape)
         return torch.randn(size, generator=self.generator, device=self.generator.device)[self.rows]
 
-    def uniform(self) -> Tensor:
-        """Uniform numbers in [0, 1), one a row of this process."""
-        return torch.rand(self.batch_size, generator=self.generator, device=self.generator.device)[self.rows]
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), rows of this process [rows, *shape]."""
+        size = (self.batch_size, *shape)
+        return torch.rand(size, generator=self.generator, device=self.generator.device)[self.rows]
 
     def common(self) -> Tensor:
         """One uniform number in [0, 1), the same in every process."""

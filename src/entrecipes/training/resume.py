@@ -8,6 +8,7 @@ from typing import Any
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.changes import HARMLESS, differences
+from entrecipes.recipe.curriculum import TaskCurriculumKeys
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
 from entrecipes.training.run import Run
@@ -23,6 +24,7 @@ IDENTITY = (
     "blocks.",
     "prune.",
     "curriculum.",
+    "masks.",
     "experts.",
     "optimizer.type",
     "training.seed",
@@ -58,6 +60,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "noise": run.noise.state_dict(),
         "blocks": run.blocks.state_dict(),
         "prune": run.pruner.state_dict(),
+        "curriculum": run.curriculum.state_dict(),
         "window": run.window.state_dict() | {"sums": run.accelerator.reduce(run.window.sums, "mean")},
         "run": {
             "images": run.images,
@@ -101,7 +104,8 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
     run.images = state["run"]["images"]
     try:
         run.pruner.load_state_dict(state.get("prune", {}))
-        run.curriculum.advance(run.images)  # it follows from the images seen
+        run.curriculum.advance(run.images)  # what is written in the recipe follows from the images seen
+        run.curriculum.load_state_dict(state.get("curriculum", {}))
         run.blocks.load_state_dict(state["blocks"])
         run.wrap()
         run.adapter.load_state_dict(run.model, state["model"])
@@ -154,6 +158,7 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
         recipe.optimizer.schedule.decay in ("cosine", "linear")
         or recipe.prune.type not in ("none", "written")
         or recipe.blocks.type == "entprog"
+        or (isinstance(recipe.curriculum, TaskCurriculumKeys) and recipe.curriculum.images is None)
     )
     notices = [
         f"{path.name}: {key} was {old!r} and is now {new!r}: the run goes on from the same image with the new value, "

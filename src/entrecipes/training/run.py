@@ -18,7 +18,9 @@ from entrecipes.blocks.pruning import Subject
 from entrecipes.blocks.schedule import guard_group_norms
 from entrecipes.data.loader import Batch, batches
 from entrecipes.data.opening import open_data
+from entrecipes.diffusion.asked import Asked
 from entrecipes.diffusion.denoiser import Denoiser
+from entrecipes.diffusion.family import Condition
 from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.pipelines import Components, best_device, load_components
 from entrecipes.errors import UserError
@@ -29,6 +31,7 @@ from entrecipes.information.values import value_statistics
 from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
+from entrecipes.samples.masks import EVERYTHING, Frames
 from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.launched import check_launch
@@ -100,7 +103,8 @@ class Run:
                 f"training.label_dropout has no effect: {family.pipeline_class.__name__}, the stock pipeline of "
                 f"{family.model_class}, has no guidance; remove the key"
             )
-        if recipe.evaluation.guidance_scale != 1 and not training.label_dropout and recipe.pipeline.build:
+        labelled = self.components.family.kind != "stickers"
+        if recipe.evaluation.guidance_scale != 1 and not training.label_dropout and recipe.pipeline.build and labelled:
             logger.warning("evaluation.guidance_scale needs training.label_dropout: no sample trains its null label")
 
         self.images, self.stop_requested = 0, False
@@ -112,7 +116,18 @@ class Run:
         self.evaluator.check(self.eval_model, self.accelerator.main_process_first)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
         kind = "latents" if self.space.latent else self.components.family.kind
-        self.curriculum = build("curriculum", recipe.curriculum, model=self.model, kind=kind)
+        frames = getattr(recipe.data, "frames", None) if self.components.family.kind == "stickers" else None
+        self.masks = build("masks", recipe.masks, frames=frames)
+        self.curriculum = build(
+            "curriculum",
+            recipe.curriculum,
+            model=self.model,
+            kind=kind,
+            tasks=self.masks.tasks,
+            images=training.images,
+            frames=frames,
+            device=self.device,
+        )
         self.costs = StepCosts(self.model)
         subject = self.subject()
         self.pruner = build("prune", recipe.prune, subject=subject)
@@ -211,10 +226,21 @@ class Run:
             num_workers=getattr(self.recipe.data, "num_workers", 0),
         )
 
-    def condition(self, samples: Tensor, labels: Tensor | None) -> Tensor | None:
-        """Labels [n] or condition maps [n, C, ...] of a batch, a share of them replaced by the null one."""
+    def draw_frames(self, batch: Batch) -> Frames:
+        """Which frames of each clip are given, and which count; of other data, everything."""
+        odds = self.curriculum.odds(self.images, len(batch.images), batch.motion, batch.lengths)
+        return self.masks.draw(batch.lengths, odds, self.random)
+
+    def condition(self, samples: Tensor, batch: Batch, x0: Tensor, frames: Frames) -> Condition:
+        """What a batch is conditioned on: labels [n] or maps [n, C, ...], a share of them replaced by the null one; of
+        stickers the given frames and the text."""
+        if frames is not EVERYTHING:
+            text, hidden = batch.text, getattr(self.recipe.masks, "token_dropout", 0)
+            if hidden and text is not None:
+                text = text * (self.random.uniform(text.shape[1]) >= hidden)[..., None]
+            return Asked.of(x0, frames.given, text, frames.text)
         condition = self.space.condition(samples)
-        condition = labels if condition is None else condition
+        condition = batch.labels if condition is None else condition
         if not self.recipe.training.label_dropout:
             return condition
         dropped = self.random.uniform() < self.recipe.training.label_dropout
@@ -242,13 +268,23 @@ class Run:
             self.ema.update(self.images, self.recipe.training.batch_size)
 
     def record(
-        self, log_sigma: Tensor, weight: Tensor, losses: list[Tensor], x0_errors: list[Tensor], grad_norm: Tensor | None
+        self,
+        frames: Frames,
+        log_sigma: Tensor,
+        weight: Tensor,
+        losses: list[Tensor],
+        x0_errors: list[Tensor],
+        grad_norm: Tensor | None,
     ) -> None:
-        """Tell the noise sampler and the log window what this step saw; all tensors stay on the device."""
+        """Tell the noise sampler, the curriculum and the log window what this step saw; all stays on the device."""
         loss, x0_error = torch.cat(losses), torch.cat(x0_errors)
-        if self.noise.records:
-            gathered = self.accelerator.gather(torch.stack([loss, x0_error], dim=1))
-            self.noise.record(log_sigma, gathered[:, 1], gathered[:, 0])
+        if self.noise.records or self.curriculum.records:
+            task = torch.zeros_like(loss) if frames.task is None else frames.task.to(loss.dtype)
+            gathered = self.accelerator.gather(torch.stack([loss, x0_error, task], dim=1))
+            if self.noise.records:
+                self.noise.record(log_sigma, gathered[:, 1], gathered[:, 0])
+            if self.curriculum.records:
+                self.curriculum.record(gathered[:, 2].long(), gathered[:, 0], gathered[:, 1], log_sigma)
         norm = loss.new_zeros(()) if grad_norm is None else grad_norm
         self.window.add(torch.stack([(loss * weight).mean(), x0_error.mean(), norm]))
 
