@@ -80,7 +80,7 @@ class Frames:
         """The shown frames of clips [n, C, F, ...], zeros as padding."""
         rows = torch.arange(len(x0), device=x0.device)[:, None]
         shown = x0[rows, :, self.places].transpose(1, 2)  # indexing puts frames before channels
-        return shown * self.valid.to(x0.dtype).view(len(x0), 1, -1, *[1] * (x0.dim() - 3))
+        return shown.masked_fill(~self.valid.view(len(x0), 1, -1, *[1] * (x0.dim() - 3)), 0)
 
     def __getitem__(self, rows: slice | Tensor) -> Frames:
         return Frames(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -149,7 +149,9 @@ class DualMasks:
         if frames is None:
             raise UserError("masks.type: dual masks frames of stickers, which the data are not; take none")
         if section.lengths[0] > frames:
-            raise UserError(f"masks.lengths: at least {section.lengths[0]} frames, but the clips have {frames}")
+            raise UserError(
+                f"masks.lengths: at least {section.lengths[0]} frames, but the clips have {frames}; lower it"
+            )
         self.section, self.frames = section, frames
         self.tasks = section.tasks
         self._indices = torch.tensor([TASKS.index(task) for task in section.tasks])
@@ -174,9 +176,8 @@ class DualMasks:
         task = self._tasks(odds, draw())
         task = task.masked_fill(random.uniform() < section.uncond, UNCOND)
         places, valid = spread(lengths, count, self.frames)
-        least = count if section.draw == "sample" else count.amin().expand_as(count)
-        given = given_frames(task, least, draw(), self.frames) & valid
-        given &= ((count > 1) | (task != INTERPOLATION))[:, None]
+        n = count if section.draw == "sample" else count.amin().expand_as(count)
+        given = given_frames(task, (draw() * choices(task, n)).long(), n, valid)
         counted = valid
         if section.given_frames == "skip":
             made = valid & ~given
@@ -231,39 +232,50 @@ def spread(lengths: Tensor, count: Tensor, frames: int) -> tuple[Tensor, Tensor]
     return torch.minimum(places, last), place < count
 
 
-def given_frames(task: Tensor, n: Tensor, u: Tensor, frames: int) -> Tensor:
-    """RDTF's condition masks: which frames are given, of clips with n frames.
+def choices(task: Tensor, n: Tensor) -> Tensor:
+    """How many equally likely choices a task [n] has of what is given, with n frames [n]; int64 [n]."""
+    half, one = n // 2, torch.ones_like(n)
+    return torch.stack([n, one, n, 3 * one, half + 1, n - half, one]).gather(0, task[None])[0]
+
+
+def given_frames(task: Tensor, choice: Tensor, n: Tensor, valid: Tensor) -> Tensor:
+    """RDTF's condition masks: which frames are given.
 
     | task | given |
     |---|---|
     | i2v, it2v | one frame, any |
-    | interpolation | 1010..., 0101... or 100100... |
-    | pre_frame_prediction | from s to the end, s in 1..n // 2 + 1 |
-    | post_frame_prediction | those before e, e in n // 2..n - 1 |
+    | interpolation | 1010..., 0101... or 100100...; nothing of a still, of which nothing would be left to make |
+    | pre_frame_prediction | from s to the end, s in 1..n // 2 + 1 (nothing for s = n) |
+    | post_frame_prediction | those before e, e in n // 2..n - 1 (nothing for e = 0, which is n = 1) |
     | t2v, uncond | none |
-
-    All choices are equally likely. Interpolation may give the whole of a still; `DualMasks` gives nothing there, since
-    nothing would be left to make. For the prediction of earlier frames n = 1 and s = n = 2 give none, as published.
 
     Args:
         task: int64 [n], index into TASKS.
-        n: Frames of each clip, int64 [n] in 1..F.
-        u: Random numbers in [0, 1) [n].
-        frames: F.
+        choice: Which of its `choices`, int64 [n].
+        n: Frames that the choice is made for [n], those of the clip (published: of the shortest clip in the batch).
+        valid: Frames of the clip that are there, bool [n, F].
 
     Returns:
-        bool [n, F]; not cut off at the end of the clip.
+        bool [n, F], a part of `valid`.
     """
-    place = torch.arange(frames, device=task.device)
-    half = n // 2
-    choices = torch.stack([n, torch.ones_like(n), n, torch.full_like(n, 3), half + 1, n - half, torch.ones_like(n)])
-    choice = (u * choices.gather(0, task[None])[0]).long()[:, None]
-    task, half = task[:, None], half[:, None]
-    pattern = torch.where(choice == 2, place % 3 == 0, place % 2 == choice)
+    place = torch.arange(valid.shape[1], device=valid.device)
+    task, choice, half = task[:, None], choice[:, None], n[:, None] // 2
+    pattern = torch.where(choice == 2, place % 3 == 0, place % 2 == choice) & valid[:, 1:].any(1, keepdim=True)
     given = ((task == I2V) | (task == IT2V)) & (place == choice)
     given |= (task == INTERPOLATION) & pattern
     given |= (task == PRE) & (place >= choice + 1)
-    return given | ((task == POST) & (place < choice + half))
+    given |= (task == POST) & (place < choice + half)
+    return given & valid
+
+
+def made_share(frames: int) -> Tensor:
+    """Mean share of a clip's frames that each task leaves to be made, float32 [F + 1, len(TASKS)] by its length
+    (row 0 is not used)."""
+    numbers = [torch.arange(count) for count in (frames + 1, len(TASKS), frames + 2)]
+    n, task, choice = (grid.flatten() for grid in torch.meshgrid(*numbers, indexing="ij"))
+    given = given_frames(task, choice, n, torch.arange(frames) < n[:, None]).sum(1)
+    share = ((n - given) / n.clamp(min=1) * (choice < choices(task, n))).view(frames + 1, len(TASKS), -1)
+    return share.sum(2) / choices(task, n).view_as(share)[..., 0].clamp(min=1)
 
 
 def gives_text(task: Tensor) -> Tensor:
