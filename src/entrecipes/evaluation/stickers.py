@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from entrecipes.errors import UserError
+from entrecipes.evaluation.caption_heads import same
 from entrecipes.evaluation.clips import CLIP_MEASURES, PSNR_CAP, ClipSide, Pairs, check_metrics, decibels, sides
 from entrecipes.evaluation.features import FeatureExtractor
 from entrecipes.evaluation.metrics import Origin
@@ -80,14 +80,14 @@ def _measure_text(pairs: StickerPairs) -> list[Metric]:
     judge, captions = pairs.text, pairs.captions
     if captions is None or judge is None:
         raise UserError(
-            "evaluation.metrics: 'text' needs clips with captions; take data that have some, or leave it out"
+            "evaluation.metrics: 'text' needs clips with captions; leave it out, or take data that have some"
         )
     texts = judge.captions(captions)
     fake, real = (
         judge.clips(side.clips, lambda side=side: _by_clip(side)) @ texts.T for side in (pairs.fake, pairs.real)
     )
     own = fake.diagonal()
-    other = torch.tensor([[one != another for another in captions] for one in captions])
+    other = ~same(captions)
     about = {
         "judge": judge.name,
         "judge_version": judge.version,
