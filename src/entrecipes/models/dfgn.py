@@ -16,7 +16,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, TemporalConvLayer, Upsample2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -35,6 +35,27 @@ LONGEST = 64
 def few_heads(channels: int) -> int:
     """8 heads as published, fewer in narrow nets."""
     return max(1, min(8, channels // STI_HEAD_DIM))
+
+
+class TimeConv(nn.Conv3d):
+    """A (3, 1, 1) convolution as one over frames and pixels, which CPUs run two to three times faster."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """[n, C, F, h, w]."""
+        hidden = functional.conv2d(clip.flatten(3), self.weight[..., 0], self.bias, padding=(1, 0))
+        return hidden.unflatten(3, clip.shape[3:])
+
+
+class SharedText(AttnProcessor2_0):
+    """Attention of all frames of a clip to its text, whose keys and values are made once."""
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[n * F, pixels, C] and text [n, T, D] to [n * F, pixels, C]."""
+        clips = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        return super().__call__(attn, clips, encoder_hidden_states, **kwargs).view_as(hidden_states)
 
 
 class STILayer(nn.Module):
@@ -62,10 +83,10 @@ class STILayer(nn.Module):
         self.detail = nn.Sequential(
             nn.GroupNorm(groups, channels),
             nn.SiLU(),
-            nn.Conv3d(channels, inner, (3, 1, 1), padding=(1, 0, 0)),
+            TimeConv(channels, inner),
             nn.GroupNorm(math.gcd(groups, inner), inner),
             nn.SiLU(),
-            nn.Conv3d(inner, channels, (3, 1, 1), padding=(1, 0, 0)),
+            TimeConv(inner, channels),
         )
         self.fusion_mlp = None
         if fusion == "mlp":
@@ -153,7 +174,10 @@ class Layout:
     def temporal(self, channels: int) -> nn.Module:
         """What stands between a resnet block and the attention."""
         if self.temporal_layer == "conv":
-            return TemporalConvLayer(channels, channels, norm_num_groups=self.norm_num_groups)
+            layer = TemporalConvLayer(channels, channels, norm_num_groups=self.norm_num_groups)
+            for conv in (module for module in layer.modules() if isinstance(module, nn.Conv3d)):
+                conv.__class__ = TimeConv
+            return layer
         return STILayer(channels, self.norm_num_groups, self.detail_channels, self.fusion)
 
 
@@ -192,6 +216,8 @@ class Stage(nn.Module):
             )
             for _ in range(attentions)
         )
+        for block in (block for attention in self.attentions for block in attention.transformer_blocks):
+            block.attn2.set_processor(SharedText())
         self.temporal_attentions = nn.ModuleList(
             layout.temporal_transformer(channels, heads) for _ in range(attentions)
         )
@@ -368,7 +394,7 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"sample: its sides must be multiples of {steps}, not {sides[0]} x {sides[1]}")
         timestep = torch.as_tensor(timestep, device=sample.device).expand(count)
         time = self.time_embedding(self.time_proj(timestep).to(sample.dtype)).repeat_interleave(num_frames, 0)
-        text = self._text(encoder_hidden_states, sample).repeat_interleave(num_frames, 0)
+        text = self._text(encoder_hidden_states, sample)
         given = self._frames(torch.zeros_like(sample) if condition is None else condition)
         given = self.condition_projection(given, num_frames)
         hidden = self.conv_in(torch.cat([self._frames(sample), given], 1))
