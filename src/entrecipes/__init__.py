@@ -18,6 +18,8 @@ _LAZY = {
     "DFGNModel": "entrecipes.models.dfgn",
     "TimestepExperts": "entrecipes.models.experts",
     "ExpertsPipeline": "entrecipes.models.experts_pipeline",
+    "SimDA": "entrecipes.models.simda",
+    "I2VAdapter": "entrecipes.models.i2v_adapter",
     "SlimUNet2DModel": "entrecipes.models.slim",
     "SlimDiTTransformer2DModel": "entrecipes.models.slim",
     "score_blocks": "entrecipes.evaluation.scoring",
