@@ -16,6 +16,7 @@ _LAZY = {
     "SequencePipeline": "entrecipes.models.sequence",
     "PoseVideoPipeline": "entrecipes.models.pose_video",
     "DFGNModel": "entrecipes.models.dfgn",
+    "StickerPipeline": "entrecipes.models.sticker",
     "TimestepExperts": "entrecipes.models.experts",
     "ExpertsPipeline": "entrecipes.models.experts_pipeline",
     "SimDA": "entrecipes.models.simda",

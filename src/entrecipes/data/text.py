@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from entrecipes.data.places import atomic_folder, home
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
-from entrecipes.models.sticker import encode_captions
+from entrecipes.models.sticker_io import encode_captions
 from entrecipes.recipe.pipeline import TextEncoder
 
 logger = logging.getLogger(__name__)
