@@ -70,13 +70,13 @@ def as_asked(video: Tensor, output_type: str, transparent: bool) -> Any:
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | Path, fps: float = 8) -> Path:
-    """Write pictures, RGB or with transparency, as an endless animation: a .gif, .png (APNG) or .webp.
+    """Write pictures, RGB or with transparency, as an endless animation: a .gif, .webp, .apng or .png (APNG).
 
     Raises:
         ValueError: For another ending of `path`, or without pictures.
     """
     path = Path(path)
-    options: dict[str, dict[str, Any]] = {".gif": {"disposal": 2}, ".png": {}, ".webp": {"lossless": True}}
+    options: dict[str, dict[str, Any]] = {".gif": {"disposal": 2}, ".webp": {"lossless": True}, ".apng": {}, ".png": {}}
     if path.suffix.lower() not in options or not frames:
         raise ValueError(f"{path}: give at least one picture, and a path that ends in {', '.join(options)}")
     path.parent.mkdir(parents=True, exist_ok=True)

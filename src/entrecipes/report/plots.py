@@ -81,7 +81,7 @@ def save_grid(
     return path
 
 
-def save_moving(frames: Any, path: str | Path, scale: int | None = None, fps: int = 8) -> Path:
+def save_moving(frames: Any, path: str | Path, scale: int | None = None, fps: float = 8) -> Path:
     """Write pictures uint8 `[F, 3, H, W]` one after the other, enlarged as a grid is: an endless GIF, or an MP4.
 
     Raises:
