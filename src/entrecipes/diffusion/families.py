@@ -24,6 +24,7 @@ from torch import Tensor
 from entrecipes.diffusion.family import Family, as_pixels
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
 from entrecipes.diffusion.space import ClipSpace, LatentClipSpace, Space, SymbolSpace
+from entrecipes.diffusion.stickers import DFGN
 from entrecipes.errors import UserError
 from entrecipes.models.pose_video import PoseVideoPipeline
 from entrecipes.models.sequence import SequencePipeline
@@ -217,7 +218,7 @@ class WanVideo(Family):
 
 
 FAMILIES: dict[str, Family] = {
-    family.model_class: family for family in (UNet2D(), DiT(), SequenceTransformer1D(), WanVideo())
+    family.model_class: family for family in (UNet2D(), DiT(), SequenceTransformer1D(), WanVideo(), DFGN())
 }
 
 
