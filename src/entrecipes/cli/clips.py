@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 OWN_CLIPS = 4
 """How many of the run's own clips are taken when nothing is said."""
-OUTPUTS = (".gif", ".mp4", ".png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def _asked(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
         raise UserError("--reference and --poses go together: the person, and how to move; or leave out both")
     if min(args.frames or 1, args.frame_step) < 1:
         raise UserError("--frames and --frame-step must be at least 1")
-    recipe = _own_recipe(args.pipeline)
+    recipe = own_recipe(args.pipeline, "clips")
     if args.poses is None:
         return _own_clips(args, recipe)
     size = recipe.data.image_size if recipe else None
@@ -97,11 +96,11 @@ def _asked(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return reference, poses[:frames].transpose(0, 1)[None].expand(count, -1, -1, -1, -1)
 
 
-def _own_recipe(source: str) -> Recipe | None:
-    """The recipe in a run folder or a published pipeline, if it is about clips."""
+def own_recipe(source: str, kind: str) -> Recipe | None:
+    """The recipe in a run folder or a published pipeline, if it is about this kind of data."""
     path = Path(source) / "recipe.yaml"
     recipe = load(str(path)).recipe if path.exists() else None
-    return recipe if recipe and recipe.data.kind == "clips" else None
+    return recipe if recipe and recipe.data.kind == kind else None
 
 
 def _own_clips(args: argparse.Namespace, recipe: Recipe | None) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from entrecipes.cli import clips
+from entrecipes.cli import clips, stickers
 from entrecipes.errors import UserError
 
-HELP = "sample images (or sequences, or clips) from a run folder, a pipeline folder or a Hub id"
+HELP = "sample images (or sequences, clips, stickers) from a run folder, a pipeline folder or a Hub id"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
-    parser.add_argument("-n", "--count", type=int, help="images (default 40), or clips (default 4, or 1 of --poses)")
+    parser.add_argument("-n", "--count", type=int, help="images (default 40), clips (default 4, or 1 of --poses)")
     parser.add_argument("--labels", help="classes asked for, such as 3,1,4; they repeat in turn (default: all in turn)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     parser.add_argument(
@@ -23,10 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (default 0)")
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time (default 100)")
     parser.add_argument(
-        "-o", "--output", type=Path, help="grid to write (default samples.png; clips: samples.gif, .mp4 or .png)"
+        "-o",
+        "--output",
+        type=Path,
+        help="grid to write (default samples.png; clips: samples.gif, .mp4 or .png; stickers: also .webp, .apng)",
     )
     parser.add_argument("--separate", type=Path, metavar="FOLDER", help="also write every image into this folder")
     clips.add_arguments(parser)
+    stickers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,17 +42,25 @@ def run(args: argparse.Namespace) -> int:
 
     if min(1 if args.count is None else args.count, args.steps, args.batch_size) < 1:
         raise UserError("--count, --steps and --batch-size must be at least 1")
-    if args.output and args.output.suffix not in clips.OUTPUTS:
-        raise UserError(f"--output {args.output}: name it .png (a grid or film strips) or, for clips, .gif or .mp4")
+    if args.output and args.output.suffix not in stickers.OUTPUTS:
+        raise UserError(
+            f"--output {args.output}: name it .png (a grid or film strips) or, for clips, .gif or .mp4 (stickers: also "
+            ".webp or .apng)"
+        )
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(best_device())
     family = family_of_pipeline(pipeline)
     if args.guidance_scale != 1 and not family.guidance:
         raise UserError(f"--guidance-scale: {type(pipeline).__name__} has no guidance; leave it out")
-    if family.kind == "clips":
+    if family.kind in ("clips", "stickers"):
         _labels(args.labels, None, 0)
         args.output = args.output or Path("samples.gif")
+    if family.kind == "stickers":
+        return stickers.run(args, pipeline, family)
+    if options := stickers.asked_for(args):
+        raise UserError(f"{', '.join(options)}: {type(pipeline).__name__} makes no stickers; leave them out")
+    if family.kind == "clips":
         return clips.run(args, pipeline, family)
     args.count, args.output = args.count or 40, args.output or Path("samples.png")
     if args.output.suffix != ".png":
