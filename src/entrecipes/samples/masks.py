@@ -80,7 +80,7 @@ class Frames:
         """The shown frames of clips [n, C, F, ...], zeros as padding."""
         rows = torch.arange(len(x0), device=x0.device)[:, None]
         shown = x0[rows, :, self.places].transpose(1, 2)  # indexing puts frames before channels
-        return shown.masked_fill(~self.valid.view(len(x0), 1, -1, *[1] * (x0.dim() - 3)), 0)
+        return shown.masked_fill_(~self.valid.view(len(x0), 1, -1, *[1] * (x0.dim() - 3)), 0)
 
     def __getitem__(self, rows: slice | Tensor) -> Frames:
         return Frames(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -162,7 +162,7 @@ class DualMasks:
         Args:
             lengths: Frames that each clip has, int64 [n] in 1..F; None: F each.
             odds: Of each of `tasks`, in proportion to which it is drawn [n, len(tasks)]; None: equal ones. With
-                `draw: batch` their mean over the batch.
+                `draw: batch` their mean over the samples of this process.
             random: Random numbers for these n rows.
         """
         section = self.section
@@ -199,20 +199,20 @@ class DualMasks:
 
 
 def draw_frames(
-    lengths: Tensor, frames: int, generator: torch.Generator | None = None, odds: Tensor | None = None, **keys: Any
+    clip_lengths: Tensor, frames: int, generator: torch.Generator | None = None, odds: Tensor | None = None, **keys: Any
 ) -> Frames:
     """RDTF's masks for a batch, in a training loop of one's own.
 
     Args:
-        lengths: Frames that each clip has, int64 [n] in 1..F.
+        clip_lengths: Frames that each clip has, int64 [n] in 1..F.
         frames: F.
         generator: Of the same device; None: the global one.
         odds: Of each task [n, len(tasks)], such as a curriculum of `entrecipes.samples.tasks` gives; None: equal ones.
         keys: As `masks: {type: dual}` has in a recipe: `tasks`, `uncond`, `draw`, `lengths`, `normalize`,
             `given_frames`.
     """
-    random = BatchRandom(len(lengths), lengths.device, generator)
-    return DualMasks(DualMasksSection(**keys), frames).draw(lengths, odds, random)
+    random = BatchRandom(len(clip_lengths), clip_lengths.device, generator)
+    return DualMasks(DualMasksSection(**keys), frames).draw(clip_lengths, odds, random)
 
 
 def spread(lengths: Tensor, count: Tensor, frames: int) -> tuple[Tensor, Tensor]:
