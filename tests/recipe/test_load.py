@@ -131,7 +131,7 @@ BROKEN = {
         GOOD + "evaluation:\n  metrics:\n    - fid\n    - kit\n",
         [
             "r.yaml:11: evaluation.metrics.1: expected fid, kid, precision_recall, ngrams, ssim, psnr, perceptual, "
-            "fvd, pose or motion, got 'kit'; did you mean 'kid'?"
+            "fvd, pose, motion, text, consistency or given, got 'kit'; did you mean 'kid'?"
         ],
     ),
     "out of bounds": (
