@@ -12,6 +12,7 @@ from tiny_models import build as tiny
 from tiny_models import output
 
 from entrecipes.diffusion import lora
+from entrecipes.diffusion.adapter_folder import adapter_folder, read_base
 from entrecipes.errors import UserError
 from entrecipes.recipe.adapters import BitFitSection, DiffFitSection, LoraSection, NoAdapterSection, QLoraSection
 from entrecipes.recipe.base import build
@@ -152,7 +153,7 @@ def test_what_is_published_loads_on_a_fresh_base_bit_for_bit(tmp_path, family, n
     )
     assert size <= (tmp_path / "adapter" / WEIGHTS).stat().st_size < size + 20_000 and size < base_size
 
-    base = lora.read_base(lora.adapter_folder(tmp_path))
+    base = read_base(adapter_folder(tmp_path))
     fresh, _ = tiny(family)
     lora.load_adapter(fresh, tmp_path / "adapter", base)
     assert torch.equal(output(fresh, inputs), output(model, inputs))
@@ -228,5 +229,5 @@ def test_chosen_targets_and_mistakes():
 
 def test_without_bitsandbytes_qlora_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="qlora: bitsandbytes can't hold weights in 4 bits here"):
+    with pytest.raises(UserError, match="blocks.adapter: bitsandbytes can't hold weights in 4 bits here"):
         adapted("dit", QLoraSection())

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from entrecipes.blocks.stack import BlockStack
-from entrecipes.diffusion import lora
+from entrecipes.diffusion import lora, side
+from entrecipes.diffusion.adapter_folder import Base, base_fingerprint
 from entrecipes.errors import UserError
 from entrecipes.patterns import matches
-from entrecipes.recipe.adapters import LoraKeys
 from entrecipes.recipe.base import Section
 
 PARTS = re.compile(r"Attention|Attn|FeedForward|FFN|M(lp|LP)")
@@ -50,6 +51,11 @@ class NoAdapter:
     def __init__(self, section: Section, model: nn.Module, seed: int = 0) -> None:
         """Args: `section` is a choice of the wing; `seed` that of new weights."""
         self.section = section
+        if side.carries_side_adapter(model):
+            raise UserError(
+                "blocks.adapter: the base carries an adapter that can't be merged into it; give the one that it lies "
+                "on as pipeline.pretrained"
+            )
         if self.published_alone and lora.carries_adapter(model):
             raise UserError(
                 "blocks.adapter: the base carries an adapter itself, so that a second one alone would not do; set "
@@ -155,37 +161,24 @@ class DiffFit(NoAdapter):
         return model
 
 
-class Lora(NoAdapter):
-    """Trains low-rank updates beside a frozen base (Hu et al. 2021)."""
+class Beside(NoAdapter):
+    """What all choices that train new weights beside a frozen base have in common."""
 
     own_weights = True
 
-    def __init__(self, section: LoraKeys, model: nn.Module, seed: int = 0) -> None:
-        self.quantised: tuple[str, ...] = ()
-        super().__init__(section, model, seed)
-
     def prepare(self, model: nn.Module, seed: int) -> None:
-        from peft import LoraConfig
-
-        self.base = lora.base_fingerprint(model)
-        targets = _targets(model, self.section.targets)
-        self.quantise(model)
-        rank = self.section.rank
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=self.section.alpha or rank,
-            lora_dropout=self.section.dropout,
-            target_modules=targets,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            lora.add_lora(model, config)
+        self.base = base_fingerprint(model)
+        self.quantised: tuple[str, ...] = ()
 
     def quantise(self, model: nn.Module) -> None:
-        """Make the base smaller."""
-
-    def eligible(self, name: str) -> bool:
-        return lora.is_lora(name)
+        """Hold the linear layers of all blocks in 4 bits."""
+        self.quantised = tuple(
+            f"{path}.{name}"
+            for path, block in _blocks(model)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        )
+        lora.quantise(model, self.quantised)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: value for name, value in model.state_dict().items() if self.eligible(name)}
@@ -206,6 +199,42 @@ class Lora(NoAdapter):
                 "back, or start afresh with training.resume=never"
             )
 
+    def publish(self, model: nn.Module, folder: Path, pretrained: str, revision: str | None, place: Path) -> None:
+        """Write the adapter of a model into `folder`, which is going to be at `place`, for the base of those names."""
+        base = Base.of(pretrained, revision, place, fingerprint=self.base, quantised=self.quantised)
+        self.save(model, folder, base)
+
+    def save(self, model: nn.Module, folder: Path, base: Base) -> None:
+        """Write the adapter of a model, and what it belongs to."""
+        raise NotImplementedError
+
+
+class Lora(Beside):
+    """Trains low-rank updates beside a frozen base (Hu et al. 2021)."""
+
+    in_4_bits = False
+
+    def prepare(self, model: nn.Module, seed: int) -> None:
+        from peft import LoraConfig
+
+        super().prepare(model, seed)
+        targets = _targets(model, self.section.targets)
+        if self.in_4_bits:
+            self.quantise(model)
+        rank = self.section.rank
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=self.section.alpha or rank,
+            lora_dropout=self.section.dropout,
+            target_modules=targets,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lora.add_lora(model, config)
+
+    def eligible(self, name: str) -> bool:
+        return lora.is_lora(name)
+
     def merged(self, model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)
         lora.merge(model)
@@ -215,23 +244,14 @@ class Lora(NoAdapter):
     def published_alone(self) -> bool:
         return not self.section.merge
 
-    def publish(self, model: nn.Module, folder: Path, pretrained: str, revision: str | None, place: Path) -> None:
-        """Write the adapter of a model into `folder`, which is going to be at `place`, for the base of those names."""
-        base = lora.Base.of(pretrained, revision, place, fingerprint=self.base, quantised=self.quantised)
+    def save(self, model: nn.Module, folder: Path, base: Base) -> None:
         lora.save_adapter(model, folder, base)
 
 
 class QLora(Lora):
     """The same beside a base whose blocks hold their linear layers in 4 bits (Dettmers et al. 2023)."""
 
-    def quantise(self, model: nn.Module) -> None:
-        self.quantised = tuple(
-            f"{path}.{name}"
-            for path, block in _blocks(model)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-        )
-        lora.quantise(model, self.quantised)
+    in_4_bits = True
 
 
 def _unparametrized(layer: nn.Linear) -> nn.Linear:
@@ -253,10 +273,14 @@ def _concatenates(model: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of a model by path; where they are no stack, as in video UNets, its transformer blocks."""
     try:
         stack = BlockStack(model)
     except UserError as error:
-        raise UserError(f"blocks.adapter: {error}") from error
+        found = [(path, block) for path, block in model.named_modules() if isinstance(block, BasicTransformerBlock)]
+        if not found:
+            raise UserError(f"blocks.adapter: {error}") from error
+        return found
     return [(path, model.get_submodule(path)) for block in stack.blocks for path in block.paths]
 
 

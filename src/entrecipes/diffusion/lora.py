@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from entrecipes.diffusion.adapter_folder import Base
 from entrecipes.errors import UserError
-from entrecipes.fingerprint import fingerprint
 
 NAME = "default"
 """Of the adapter in the model; peft's and diffusers' own default."""
-FOLDER = "adapter"
-"""Of a run folder: where an adapter is published."""
-BASE_FILE = "base.json"
-
-
-@dataclass(frozen=True)
-class Base:
-    """What an adapter lies beside."""
-
-    source: str
-    """Hub id; or a folder, relative to the adapter's."""
-    revision: str | None
-    """Of the Hub id."""
-    local: bool
-    """Whether it is a folder."""
-    fingerprint: str
-    """Of its weights, before they were quantised."""
-    quantised: tuple[str, ...] = ()
-    """Linear layers that were held in 4 bits."""
-
-    @classmethod
-    def of(cls, pretrained: str, revision: str | None, folder: Path, **facts: Any) -> Base:
-        """A pipeline as a recipe names it, as seen from the adapter's folder."""
-        local = Path(pretrained).is_dir()
-        source = os.path.relpath(pretrained, folder) if local else pretrained
-        return cls(source, revision, local, **facts)
-
-    def found_from(self, folder: Path) -> str:
-        """The Hub id or folder, for the adapter in `folder`."""
-        return os.path.normpath(folder / self.source) if self.local else self.source
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """Hash of the names and values of all weights."""
-    state = model.state_dict()
-    return fingerprint(*(part for name in sorted(state) for part in (name, state[name])))
 
 
 def size(parameter: nn.Parameter) -> int:
@@ -111,8 +73,8 @@ def quantise(model: nn.Module, names: Iterable[str]) -> None:
             model.set_submodule(name, _quantised(bitsandbytes, model.get_submodule(name)))
     except (ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise UserError(
-            f"qlora: bitsandbytes can't hold weights in 4 bits here ({str(error).strip().splitlines()[0]}); update it, "
-            "or take blocks.adapter.type=lora"
+            f"blocks.adapter: bitsandbytes can't hold weights in 4 bits here ({str(error).strip().splitlines()[0]}); "
+            "update it, or leave the base in full precision: lora in place of qlora, or quantise=false"
         ) from error
 
 
@@ -182,21 +144,7 @@ def save_adapter(model: nn.Module, folder: Path, base: Base) -> None:
     finally:
         model.peft_config[NAME] = config
         logging.set_verbosity(verbosity)
-    (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=1) + "\n")
-
-
-def adapter_folder(source: str) -> Path | None:
-    """The folder of an adapter that we have saved: this one, or the one in this run folder; None: there is none."""
-    return next((path for path in (Path(source), Path(source) / FOLDER) if (path / BASE_FILE).is_file()), None)
-
-
-def read_base(folder: Path) -> Base:
-    """What the adapter in a folder belongs to. Raises UserError when that can't be read."""
-    try:
-        record = json.loads((folder / BASE_FILE).read_text())
-        return Base(**record | {"quantised": tuple(record["quantised"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / BASE_FILE}: damaged ({error}); resume the run to write it again") from error
+    base.write(folder)
 
 
 def load_adapter(model: nn.Module, folder: Path, base: Base) -> None:
@@ -207,11 +155,7 @@ def load_adapter(model: nn.Module, folder: Path, base: Base) -> None:
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
-    if base_fingerprint(model) != base.fingerprint:
-        raise UserError(
-            f"{folder}: this adapter was trained on other weights than {base.found_from(folder)} holds now; put that "
-            f"base back, or name it in {folder / BASE_FILE}"
-        )
+    base.check(model, folder)
     path = folder / LORA_WEIGHT_NAME_SAFE
     try:
         with safe_open(path, "pt") as file:

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelM
 
 import entrecipes
 from entrecipes.data.text import TextEncoders
-from entrecipes.diffusion import lora
+from entrecipes.diffusion import lora, side
+from entrecipes.diffusion.adapter_folder import adapter_folder, read_base
 from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.diffusion.pixel_vae import is_pixel_vae
@@ -131,18 +132,19 @@ def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline
     diffusers.logging.disable_progress_bar()
     if (Path(source) / "pipeline" / "model_index.json").exists():
         source = str(Path(source) / "pipeline")
-    elif folder := lora.adapter_folder(source):
+    elif folder := adapter_folder(source):
         return _with_adapter(folder)
     return _from_hub(DiffusionPipeline, source, revision)
 
 
 def _with_adapter(folder: Path) -> DiffusionPipeline:
-    base = lora.read_base(folder)
+    base = read_base(folder)
     try:
         pipeline = load_pipeline(base.found_from(folder), base.revision)
     except UserError as error:
         raise UserError(f"{folder}: the base of this adapter can't be had: {error}") from error
-    lora.load_adapter(family_of_pipeline(pipeline).denoiser(pipeline), folder, base)
+    load = side.load_side_adapter if side.holds_side_adapter(folder) else lora.load_adapter
+    load(family_of_pipeline(pipeline).denoiser(pipeline), folder, base)
     return pipeline
 
 

@@ -50,6 +50,7 @@ class BesideBase(ModelMixin, ConfigMixin):
             raise ValueError(f"{type(self).__name__} lies on a base already, or the base carries another: detach first")
         self._check(model)
         nn.Module.to(self, model.device, model.dtype)  # the mixin's warns of types
+        self.train(model.training)
         self._inputs = list(inspect.signature(type(model).forward).parameters)[1:]
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True), *self._hooks(model)]
         self._base = (model,)  # in a tuple, since the base holds this module, not the other way round

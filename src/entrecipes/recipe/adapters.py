@@ -74,6 +74,8 @@ class SimDASection(Section):
     """Width of the temporal bottlenecks after the residual blocks, as a share of theirs."""
     shift: int = Field(0, ge=0)
     """Latent-shift attention: keys and values come from up to so many frames away, by position; 0 is off."""
+    quantise: bool = False
+    """Hold the linear layers in the blocks of the frozen base in 4 bits (NF4, by bitsandbytes)."""
 
 
 @register(
@@ -85,6 +87,8 @@ class I2VAdapterSection(Section):
     type: Literal["i2v_adapter"] = "i2v_adapter"
     blocks: Literal["all", "up"] = "all"
     """Which spatial attentions get a branch: all, or those on the way up alone (RDTF's own baseline)."""
+    quantise: bool = False
+    """Hold the linear layers in the blocks of the frozen base in 4 bits (NF4, by bitsandbytes)."""
 
 
 AdapterSection = union("adapter")

@@ -98,6 +98,8 @@ class Recipe(Section):
                 f"blocks.adapter.type: '{adapter.type}' adapts a trained model, but pipeline.build makes one; give "
                 "pipeline.pretrained, or take none"
             )
+        if self.prune.type != "none" and adapter.type in ("simda", "i2v_adapter"):
+            problems.append(f"prune.type: removes what {adapter.type} would lie beside; take none")
         if self.prune.type != "none" and not getattr(adapter, "merge", True):
             problems.append(
                 "blocks.adapter.merge: must be true with prune, which removes blocks of the base that an adapter alone "

@@ -16,6 +16,7 @@ from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 
 from entrecipes.diffusion import lora
+from entrecipes.diffusion.adapter_folder import FOLDER
 from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.report.card import write_card
@@ -53,7 +54,7 @@ def publish(run: Run, name: str, **more: Any) -> None:
 
 def save_pipeline(run: Run, folder: Path) -> None:
     """Save the evaluated weights, as a stock pipeline or as an adapter; what was there goes only for a whole one."""
-    pipeline, adapter = folder / "pipeline", folder / lora.FOLDER
+    pipeline, adapter = folder / "pipeline", folder / FOLDER
     target, other = (adapter, pipeline) if run.adapter.published_alone else (pipeline, adapter)
     partial = target.with_name(f".writing-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
