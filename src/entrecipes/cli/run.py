@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, or the name of one that comes with entrecipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as training.images=20k")
     parser.add_argument("--dry-run", action="store_true", help="build everything, take a few steps, write nothing")
+    parser.add_argument("--timed", type=float, default=0.0, metavar="SECONDS", help="--dry-run: time steps for so long")
+    parser.add_argument("--json", action="store_true", help="--dry-run: say it as one line of JSON")
     parser.add_argument(
         "--accelerate", metavar="FILE", help="launch through Accelerate with this config (or: cpu, ddp, fsdp, zero2)"
     )
@@ -30,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
     loaded = load(args.recipe, args.overrides)
+    if (args.timed or args.json) and not args.dry_run:
+        raise UserError("--timed and --json are of --dry-run; a run itself says everything in metrics.jsonl")
     if args.accelerate:
         return _through_accelerate(args)
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
@@ -37,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("entrecipes").setLevel(logging.INFO)
-    return _dry_run(loaded, speaks) if args.dry_run else _train(loaded, speaks)
+    return _dry_run(loaded, speaks, args.timed, args.json) if args.dry_run else _train(loaded, speaks)
 
 
 def _through_accelerate(args: argparse.Namespace) -> int:
@@ -60,7 +65,8 @@ def _through_accelerate(args: argparse.Namespace) -> int:
         "entrecipes",
         "run",
     ]
-    return subprocess.call([*command, args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
+    command += [args.recipe, *args.overrides, *["--dry-run"] * args.dry_run, *["--json"] * args.json]
+    return subprocess.call([*command, *(["--timed", str(args.timed)] if args.timed else [])])
 
 
 def _train(loaded: LoadedRecipe, speaks: bool) -> int:
@@ -128,17 +134,20 @@ def _print_ending(folder: Path) -> None:
     print(snippet(facts, (folder / published(facts)).resolve()))
 
 
-def _dry_run(loaded: LoadedRecipe, speaks: bool) -> int:
+def _dry_run(loaded: LoadedRecipe, speaks: bool, timed: float, as_json: bool) -> int:
     from entrecipes.training.dry_run import dry_run
 
     experts: list[str] = []
     if loaded.recipe.experts.type == "tdc":
         from entrecipes.training.experts import dry_run_experts
 
-        estimate, experts = dry_run_experts(loaded.recipe)
+        estimate, experts = dry_run_experts(loaded.recipe, timed)
     else:
-        estimate = dry_run(loaded.recipe)
+        estimate = dry_run(loaded.recipe, timed)
     if not speaks:
+        return 0
+    if as_json:
+        print(json.dumps(asdict(estimate) | {"experts": experts}))
         return 0
     minutes = estimate.training_seconds / 60
     held = f"{estimate.weights_gib:.3f} GiB weights, gradients, optimizer and average"

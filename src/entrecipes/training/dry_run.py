@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from entrecipes.data.loader import Batch
 from entrecipes.diffusion.lora import size
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.costs import state_bytes
@@ -40,8 +42,12 @@ class Estimate:
     held_out_images: int
 
 
-def dry_run(recipe: Recipe) -> Estimate:
+def dry_run(recipe: Recipe, seconds: float = 0.0) -> Estimate:
     """Take one step to warm up and two to time.
+
+    Args:
+        recipe: What would be run.
+        seconds: Time steps for so long, after a quarter of it to warm up, where two take less.
 
     Raises:
         UserError: For all that a real run would refuse.
@@ -52,11 +58,9 @@ def dry_run(recipe: Recipe) -> Estimate:
     run.wrap()
     run.blocks.focus()
     step(run, batches)
-    started = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        step(run, batches)
-    run.window.sums.tolist()  # wait for the device
-    rate = TIMED_STEPS * recipe.training.batch_size / (time.perf_counter() - started)
+    if seconds:
+        _images_per_second(run, batches, seconds / 4)
+    rate = _images_per_second(run, batches, seconds)
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     weights = set(run.model.parameters()) | set(run.ema.model.parameters() if run.ema else ())  # they may share some
     held = sum(weight.nbytes for weight in [*weights, *trainable]) + state_bytes(run.optimizer.optimizer.state.values())
@@ -74,6 +78,16 @@ def dry_run(recipe: Recipe) -> Estimate:
         train_images=len(run.data.train),
         held_out_images=len(run.data.held_out or ()),
     )
+
+
+def _images_per_second(run: Run, batches: Iterator[Batch], seconds: float) -> float:
+    """The speed of the next steps, never beyond the recipe's images: schedules know nothing after them."""
+    started, steps = time.perf_counter(), 0
+    while steps < TIMED_STEPS or (time.perf_counter() - started < seconds and run.images < run.recipe.training.images):
+        step(run, batches)
+        steps += 1
+    run.window.sums.tolist()  # wait for the device
+    return steps * run.recipe.training.batch_size / (time.perf_counter() - started)
 
 
 def planned(recipe: Recipe) -> list[str]:

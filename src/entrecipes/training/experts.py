@@ -64,12 +64,12 @@ def run_experts(loaded: LoadedRecipe, listener: Listener | None = None) -> Path 
     return TdcRun(loaded, listener).go()
 
 
-def dry_run_experts(recipe: Recipe) -> tuple[Estimate, list[str]]:
+def dry_run_experts(recipe: Recipe, seconds: float = 0.0) -> tuple[Estimate, list[str]]:
     """Try the base out, and say what the whole would cost. Raises UserError for all that a real run would refuse."""
     told = expected(recipe)
     if recipe.experts.base:
         check_base(recipe, Path(recipe.experts.base))
-    tried = dry_run(base_recipe(recipe, Path("base")))
+    tried = dry_run(base_recipe(recipe, Path("base")), seconds)
     return replace(tried, training_seconds=recipe.training.images / tried.images_per_second), told
 
 
