@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=float, help="the quality to reach (the baseline's final one, seed by seed)")
     parser.add_argument("-o", "--output", type=Path, help="folder of runs and report (outputs/compare/FIRST_ARM)")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="give each arm as many images as it trains on in S seconds, timed first (else: the images of the recipes)",
+    )
     parser.add_argument("--unequal", action="store_true", help="compare arms of different budget, data or evaluation")
     parser.add_argument("--report-only", action="store_true", help="train nothing: report what has finished so far")
 
@@ -70,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
             target=args.target,
             jobs=args.jobs,
             unequal=args.unequal,
+            seconds=args.seconds,
             train=not args.report_only,
             listener=_say,
+            tell=functools.partial(print, flush=True),
             command=_command(args, words),
         )
     if not any(run.finished for run in comparison.runs):
@@ -133,6 +142,7 @@ def _command(args: argparse.Namespace, words: Sequence[str]) -> str:
         "--metric": args.metric if args.metric != "heldout_nats" else None,
         "--target": args.target,
         "--output": args.output,
+        "--seconds": f"{args.seconds:g}" if args.seconds is not None else None,
         "--jobs": args.jobs if args.jobs > 1 else None,
     }.items():
         parts += [option, str(given)] if given is not None else []

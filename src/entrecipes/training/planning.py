@@ -51,6 +51,12 @@ class Planned:
     overrides: tuple[str, ...]
     resolved: dict[str, Any]
 
+    def with_images(self, images: int) -> Planned:
+        """The same run over this many images. Raises `RecipeError` where the recipe can't be as short."""
+        overrides = (*self.overrides, f"training.images={images}")
+        resolved = load(self.recipe, overrides).recipe.model_dump(mode="json", by_alias=True)
+        return replace(self, overrides=overrides, resolved=resolved)
+
     @property
     def label(self) -> str:
         """`ARM-seed-N`, fit for a file name."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from entrecipes.report.comparison.arms import Arm, ArmRun, Spread
+from entrecipes.report.comparison.conditions import Base, Budget
 from entrecipes.report.comparison.curve import Curve, mean_curve
 
 
@@ -40,6 +41,8 @@ class Comparison:
         seeds: Seeds of the runs.
         fixed_target: The target for all seeds; None: each seed's is the baseline's final value.
         unequal: Keys of the budget, data or evaluation in which arms were allowed to differ.
+        budget: How the arms' images were timed to take the same seconds; None: the images are those of the recipes.
+        bases: What arms start from.
         command: The command line that made it, to be shown; may be empty.
 
     Raises:
@@ -53,6 +56,8 @@ class Comparison:
     seeds: tuple[int, ...]
     fixed_target: float | None = None
     unequal: tuple[str, ...] = ()
+    budget: Budget | None = None
+    bases: tuple[Base, ...] = ()
     command: str = ""
 
     # -- curves -----------------------------------------------------------------------------------------------------

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from entrecipes.report.comparison.arms import TRAIN_NATS
+from entrecipes.report.comparison.arms import SECONDS, TRAIN_NATS
 from entrecipes.report.comparison.comparison import Comparison
 
 FEW_POINTS = 4
+OFF = 0.1
+"""Share of its seconds by which an arm may miss them and nothing is said."""
 RISE = 0.01
 """Share of the best held-out nats by which the final ones must lie above it to be called a rise."""
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Sentences, the gravest first: failed runs, unequal conditions, overfitting, coarse curves, the clock."""
-    found = (_failed, _unequal, _bundles, _overfitting, _coarse, _clock)
+    """Sentences, the gravest first: failed runs, unequal conditions, bases, overfitting, coarse curves, the clock."""
+    found = (_failed, _unequal, _budget, _bases, _bundles, _overfitting, _coarse, _clock)
     return [sentence for find in found for sentence in find(comparison)]
 
 
@@ -45,6 +47,38 @@ def _failed(comparison: Comparison) -> Iterator[str]:
 def _unequal(comparison: Comparison) -> Iterator[str]:
     if comparison.unequal:
         yield f"NOT AN EQUAL COMPARISON (--unequal): the arms differ in {', '.join(comparison.unequal)}"
+
+
+def _budget(comparison: Comparison) -> Iterator[str]:
+    """Where arms got the same seconds: how that was timed, and how far the runs were from it."""
+    if not (budget := comparison.budget):
+        return
+    speeds = ", ".join(f"{name} {timed.images_per_second:.4g}" for name, timed in budget.arms.items())
+    jobs = sorted({timed.jobs for timed in budget.arms.values()})
+    yield (
+        f"equal in seconds: {budget.seconds:g} of training each; the images follow from speeds that were timed before "
+        f"the first run, {' and '.join(map(str, jobs))} at a time, in images/second: {speeds}"
+    )
+    for name, timed in budget.arms.items():
+        if timed.begins:
+            yield f"{name} was timed at its beginning only, and its speed may change: {timed.begins}"
+        took = comparison.values(name, SECONDS)
+        if took and abs(took.mean / budget.seconds - 1) > OFF:
+            yield f"{name} took {took.mean:.4g} seconds, not the {budget.seconds:g} that all were to get"
+
+
+def _bases(comparison: Comparison) -> Iterator[str]:
+    for base in comparison.bases:
+        start = f"{', '.join(base.arms)} start{'s' * (len(base.arms) == 1)} from {base.folder}"
+        if base.seconds is None:
+            yield f"{start}, which is not trained yet"
+            continue
+        yield (
+            f"{start}, the run of {base.recipe}: {base.images:,} images and {base.seconds:,.0f} seconds of training "
+            "before, which no number here counts"
+        )
+        if base.changed:
+            yield f"{base.folder} was trained with another recipe than {base.recipe} is now: {', '.join(base.changed)}"
 
 
 def _bundles(comparison: Comparison) -> Iterator[str]:

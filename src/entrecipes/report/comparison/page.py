@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             "fixed_target": comparison.fixed_target,
             "targets": comparison.targets,
             "unequal": list(comparison.unequal),
+            "budget": asdict(comparison.budget) if comparison.budget else None,
+            "bases": [asdict(base) for base in comparison.bases],
             "command": comparison.command,
             "facts": _facts(comparison),
             "arms": {name: _arm(comparison, arm) for name, arm in comparison.arms.items()},

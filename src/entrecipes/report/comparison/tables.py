@@ -144,6 +144,12 @@ def _direction(comparison: Comparison, name: str) -> str:
     return "" if higher is None else f" ({'higher' if higher else 'lower'} is better)"
 
 
+def _ended(comparison: Comparison) -> str:
+    """The end of a title: what the runs had in common when they ended."""
+    equal = f" at equal seconds: {comparison.budget.seconds:g} of training each" if comparison.budget else ""
+    return f"{equal}; mean (lowest to highest)" if equal else ": mean (lowest to highest)"
+
+
 def _speedups(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
@@ -183,7 +189,7 @@ def _metric(comparison: Comparison) -> Table:
         rows[-1] += [spread_text(comparison.values(arm, TRAIN_NATS))] if _beside_training(comparison) else []
     header = ["arm", "final", "best", "final - baseline", "better", "best - baseline"]
     header += ["final on training images"] if _beside_training(comparison) else []
-    title = f"{comparison.metric}{_direction(comparison, comparison.metric)}: mean (lowest to highest)"
+    title = f"{comparison.metric}{_direction(comparison, comparison.metric)}{_ended(comparison)}"
     return Table(title, header, rows)
 
 
@@ -198,7 +204,7 @@ def _number(comparison: Comparison, name: str) -> Table:
         gap = comparison.paired(own, base)
         texts = [difference_text(gap), _wins(gap, better(comparison, name))]
         rows.append([arm, spread_text(own), *(texts if arm != comparison.baseline else ["baseline", ""])])
-    title = f"{name}{_direction(comparison, name)}: mean (lowest to highest)"
+    title = f"{name}{_direction(comparison, name)}{_ended(comparison)}"
     return Table(title, ["arm", "final", "final - baseline", "better"], rows)
 
 
