@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from entrecipes.data.clip_inspection import ClipInspection
     from entrecipes.data.inspection import Inspection
     from entrecipes.data.sequence_inspection import SequenceInspection
+    from entrecipes.data.sticker_inspection import StickerInspection
 
 HELP = "list the data sets that can be built here, build one, look at one"
 
@@ -56,7 +57,9 @@ def _list(args: argparse.Namespace) -> None:
     width = max(map(len, CATALOGUE))
     print(
         f"{'digits':{width}}  1,797 handwritten digits, 8x8 grey, 10 classes (CC BY 4.0) [embedded: data.type digits]\n"
-        f"{'pride':{width}}  65 kB of a novel, 27 symbols (public domain) [embedded: data.type sequences]"
+        f"{'pride':{width}}  65 kB of a novel, 27 symbols (public domain) [embedded: data.type sequences]\n"
+        f"{'stickers':{width}}  477 moving emoji and 272 still ones, 32 px, 8 frames, captions (MIT) "
+        "[embedded: data.type stickers; more: scripts/prepare_stickers.py]"
     )
     for name, source in CATALOGUE.items():
         ready = "ready" if (home() / "prepared" / name).exists() else f"{source.download_mb:g} MB to download"
@@ -96,21 +99,28 @@ def _inspect(args: argparse.Namespace) -> None:
     from entrecipes.data.clip_inspection import holds_clips, inspect_clips
     from entrecipes.data.inspection import inspect
     from entrecipes.data.sequence_inspection import holds_sequences, inspect_sequences
+    from entrecipes.data.sticker_inspection import inspect_stickers
+    from entrecipes.data.stickers import holds_stickers
 
     if holds_sequences(args.name):
         if args.output:
             raise UserError("--output: sequences are shown as text, not as a grid; leave it out")
         print("\n".join(_sequences_described(inspect_sequences(args.name, count=min(args.count, 8)))))
         return
-    if holds_clips(args.name):
+    output = args.output or Path(f"{Path(args.name).name}.png")
+    if not output.parent.is_dir():
+        raise UserError(f"--output: there is no folder {output.parent}")
+    if holds_stickers(args.name):
+        found = inspect_stickers(args.name, count=min(args.count, 48))
+        print("\n".join(_stickers_described(found)))
+        found.save_page(output.with_suffix(".gif"))
+        print(f"in motion  {output.with_suffix('.gif')}")
+    elif holds_clips(args.name):
         found = inspect_clips(args.name, count=min(args.count, 12))
         print("\n".join(_clips_described(found)))
     else:
         found = inspect(args.name, count=args.count)
         print("\n".join(_described(found)))
-    output = args.output or Path(f"{Path(args.name).name}.png")
-    if not output.parent.is_dir():
-        raise UserError(f"--output: there is no folder {output.parent}")
     found.grid.save(output)
     print(f"grid       {output}")
 
@@ -131,6 +141,26 @@ def _sequences_described(found: SequenceInspection) -> list[str]:
     if found.labels:
         lines.append(f"classes    {len(found.labels)}: " + ", ".join(f"{k} {v:,}" for k, v in found.labels.items()))
     return lines + [f"window     {text}" for text in found.examples]
+
+
+def _stickers_described(found: StickerInspection) -> list[str]:
+    """The lines about a set of stickers."""
+    low, middle, high = found.motion
+    moving, still = (sum(counts) for counts in zip(*found.groups.values(), strict=True))
+    size, frames, how = (found.options[key] for key in ("size", "frames", "key_frames"))
+    lines = [
+        f"name       {found.name}",
+        f"source     {found.source}",
+        f"license    {found.license}",
+        f"stickers   {moving:,} moving and {still:,} still ones of {found.bases:,} drawings",
+        f"frames     {frames} of {size}x{size}, key frames: {how}",
+        f"motion     {low:.2g} to {high:.2g} grey levels from key frame to key frame, median {middle:.2g}",
+        *(f"group      {group}: {moves:,} moving, {stills:,} still" for group, (moves, stills) in found.groups.items()),
+        "captions   " + "; ".join(found.captions[:5]),
+    ]
+    if found.bad:
+        lines.append(f"bad        {len(found.bad)}")
+    return lines + [f"bad        {name}" for name in found.bad[:50]]
 
 
 def _clips_described(found: ClipInspection) -> list[str]:

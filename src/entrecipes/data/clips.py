@@ -145,7 +145,7 @@ def cut(whole: Videos, section: VideoData) -> Splits:
     Raises:
         UserError: More bad ones than `section.max_bad_clips`, no good ones, or a pattern that no video matches.
     """
-    _check_patterns(whole, section)
+    check_patterns(whole, section)
     clips, bad = find_clips(whole, section)
     bad = whole.bad + bad
     check_bad_images(bad, section.max_bad_clips, whole.place, what="bad clips", key="max_bad_clips")
@@ -203,7 +203,8 @@ def _reference(video: Video, at: np.ndarray, visible: np.ndarray, section: Video
     return int(np.random.default_rng(seed).choice(outside if len(outside) else at))
 
 
-def _check_patterns(whole: Videos, section: VideoData) -> None:
+def check_patterns(whole: Videos, section: VideoData) -> None:
+    """Raise UserError for a pattern that matches no video."""
     for key in ("videos", "held_out_videos"):
         for pattern in getattr(section, key) or ():
             if not any(matches(name, [pattern]) for name in whole.names):
