@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from entrecipes.cli.clips import OWN_CLIPS, own_recipe
 from entrecipes.errors import UserError
-from entrecipes.recipe.masks import TASKS, Task, follows_text, given_at
+from entrecipes.recipe.masks import GIVEN, TASKS, Task, follows_text, given_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,16 +26,6 @@ FRAMES, FPS = 8, 8.0
 """Where neither the command nor a recipe says more."""
 ONLY = ("prompt", "frame", "task", "frame_guidance_scale", "pin", "transparent", "fps")
 """Options that only stickers have."""
-GIVEN = {
-    "i2v": "one frame",
-    "it2v": "one frame",
-    "t2v": "no frame",
-    "uncond": "no frame",
-    "interpolation": "frames on both sides of those to be made",
-    "pre_frame_prediction": "the last frames",
-    "post_frame_prediction": "the first frames",
-}
-"""What of a clip each task is given."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INDEX=PICTURE",
         help="a given frame, such as 0=first.png; -1 is the last one, clip.gif#2 frame 2 of an animation; repeatable",
     )
+    parser._negative_number_matcher = re.compile(r"-\d")  # `-1=last.png` is no option; argparse asks whether it may be
     group.add_argument("--task", choices=TASKS, help="what is asked of held-out clips (default: as the run evaluates)")
     group.add_argument("--frame-guidance-scale", type=float, metavar="SCALE", help="guidance to given frames; 1 is off")
     group.add_argument("--pin", action="store_true", help="given frames stand in the result pixel for pixel")

@@ -112,7 +112,7 @@ class ImageSet:
             [N] in [0, 1]; 0 for a still.
         text: Stickers only: what the text encoders make of the captions, float16 [N, T, D].
         bad_images: Names of unreadable images, left out so far.
-        rendered: Clips only: they show a drawn figure, no real person.
+        rendered: Clips and stickers only: they are known to be drawn, and show no real person.
         tensor: uint8 [N, C, H, W] in CPU memory; for a latent set float [N, 2C, h, w] (mean and standard deviation);
             for clips uint8 [N, 3, 2F + 1, H, W]: F frames, then their F pose maps, then a reference image; for
             stickers uint8 [N, 3, F, H, W], and their latents float [N, 2C, F, h, w].

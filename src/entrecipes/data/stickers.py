@@ -21,6 +21,7 @@ from entrecipes.data.images import ImageSet, Splits, check_bad_images, split_ind
 from entrecipes.data.key_frames import even_frames
 from entrecipes.data.key_frames import motion as change
 from entrecipes.data.prepared import facts
+from entrecipes.data.sources.stickers import LICENSE
 from entrecipes.errors import UserError, nearest
 from entrecipes.fingerprint import fingerprint
 from entrecipes.patterns import matches
@@ -170,6 +171,7 @@ def _image_set(whole: Stickers, rows: list[dict[str, Any]], size: int, frames: i
         captions=captions,
         lengths=lengths,
         motion=motion_ranks(tensor, lengths),
+        rendered=whole.noted["license"] == LICENSE,  # emoji; nobody knows what other sets show
         fingerprint=fingerprint(tensor, captions, lengths),
     )
 

@@ -11,6 +11,16 @@ from entrecipes.recipe.base import Section, register, union
 Task = Literal["i2v", "t2v", "it2v", "interpolation", "pre_frame_prediction", "post_frame_prediction", "uncond"]
 """What a model can be asked for: a clip from a frame, a text, both; the frames between, before or after; anything."""
 TASKS: tuple[Task, ...] = get_args(Task)
+GIVEN: dict[Task, str] = {
+    "i2v": "one frame",
+    "t2v": "no frame",
+    "it2v": "one frame",
+    "interpolation": "frames on both sides of those to be made",
+    "pre_frame_prediction": "the last frames",
+    "post_frame_prediction": "the first frames",
+    "uncond": "no frame",
+}
+"""What of a clip each task is given, in words."""
 
 
 @register("masks", implementation="entrecipes.samples.masks:WholeSamples")
