@@ -251,7 +251,7 @@ def _rows(items: Iterable[Item], options: StickerOptions) -> tuple[list[dict[str
         try:
             rows.append(row(item, options))
         except BadSticker as error:
-            bad.append(f"{item.id}{item.suffix} ({error})")
+            bad.append(f"{item.id} ({error})")
             logger.warning("left out: %s", bad[-1])
     return rows, bad
 

@@ -116,7 +116,7 @@ def base_of(points: list[int]) -> list[int]:
 
 
 def package_name(archive: Path) -> str:
-    """The name of the package in a .tgz. Raises UserError for any other file."""
+    """The name of the package in a .tgz. Raises UserError for any other file, or one that is cut short."""
     try:
         return json.loads(read_member(archive, "package/package.json"))["name"]
     except (OSError, EOFError, tarfile.TarError, ValueError, KeyError) as error:
@@ -129,20 +129,14 @@ def stickers(packs: list[Path], names: Path, keywords: Path, *, flags: bool = Fa
     Args:
         packs: Archives of `PACKS`.
         flags: Also the still ones of the group Flags, 250 of the first pack.
-
-    Raises:
-        UserError: An archive is cut short.
     """
     known = Names(names, keywords)
     for pack in packs:
-        try:
-            with tarfile.open(pack, "r|gz") as archive:
-                for member in archive:
-                    if not member.name.endswith(".webp"):
-                        continue
-                    content = archive.extractfile(member).read()
-                    item = known.item(Path(member.name).stem, content)
-                    if item is not None and (flags or item.group != FLAGS or b"ANIM" in content[:64]):
-                        yield item
-        except (EOFError, OSError, tarfile.TarError) as error:
-            raise UserError(f"{pack} is damaged ({error}): delete it and run the command again.") from None
+        with tarfile.open(pack, "r|gz") as archive:
+            for member in archive:
+                if not member.name.endswith(".webp"):
+                    continue
+                content = archive.extractfile(member).read()
+                item = known.item(Path(member.name).stem, content)
+                if item is not None and (flags or item.group != FLAGS or b"ANIM" in content[:64]):
+                    yield item
