@@ -66,7 +66,7 @@ class StickerPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder_2: PreTrainedModel | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
-        text_tokens: Sequence[int] = (),
+        text_tokens: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -78,9 +78,10 @@ class StickerPipeline(DiffusionPipeline):
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
         )
-        self.register_to_config(text_tokens=list(text_tokens))
+        text_tokens = list(text_tokens or ())
+        self.register_to_config(text_tokens=text_tokens)
         if len(text_tokens) != sum(encoder is not None for encoder in (text_encoder, text_encoder_2)):
-            raise ValueError(f"text_tokens {list(text_tokens)}: give one number for each text encoder")
+            raise ValueError(f"text_tokens {text_tokens}: give one number for each text encoder")
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save all parts and their source: this one as `pipeline.py`, the denoiser's as `unet/entrecipes.py`.
@@ -233,11 +234,10 @@ class StickerPipeline(DiffusionPipeline):
         """Pixels that a latent stands for, in one direction."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        side = self.unet.config.sample_size * self._factor
-        size = height or side, width or side
+    def _size(self, height: int | None, width: int | None) -> list[int]:
+        size = [side or self.unet.config.sample_size * self._factor for side in (height, width)]
         if any(length % self._factor for length in size):
-            raise ValueError(f"height and width {list(size)}: give multiples of {self._factor}")
+            raise ValueError(f"height and width {size}: give multiples of {self._factor}")
         return size
 
     def _encode(self, pictures: Tensor, given: Tensor) -> Tensor:
@@ -246,7 +246,9 @@ class StickerPipeline(DiffusionPipeline):
         height, width = (side // self._factor for side in pictures.shape[-2:])
         frames = torch.zeros(*given.shape, count, height, width, device=device)
         chosen = pictures.transpose(1, 2)[given].to(device) * 2 - 1
-        if len(chosen) and self.vae is not None:
+        if not len(chosen):
+            return frames.transpose(1, 2)
+        if self.vae is not None:
             shift, scale = self.vae.config.shift_factor or 0, self.vae.config.scaling_factor
             chosen = (self.vae.encode(chosen.to(self.vae.dtype)).latent_dist.mode().float() - shift) * scale
         frames[given.to(device)] = chosen

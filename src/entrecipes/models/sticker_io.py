@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageChops, ImageDraw, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEAR_WHITE = 240
@@ -36,11 +36,14 @@ def encode_captions(
     parts = []
     for encoder, tokenizer, length in zip(encoders, tokenizers, tokens, strict=True):
         words = tokenizer(list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        words = words.to(encoder.device)
-        states = encoder(input_ids=words["input_ids"], attention_mask=words["attention_mask"]).last_hidden_state
-        kept = words["attention_mask"].bool() & torch.tensor(there, device=encoder.device)[:, None]
-        states = states.to(torch.float16).masked_fill(~kept[:, :, None].to(states.device), 0)
-        parts.append(nn.functional.pad(states, (0, wide - states.shape[-1], 0, length - states.shape[1])))
+        ids, mask = (words[name].long().to(encoder.device) for name in ("input_ids", "attention_mask"))
+        rows = mask.any(1) & torch.tensor(there, device=mask.device)
+        part = torch.zeros(len(captions), length, wide, dtype=torch.float16, device=mask.device)
+        if rows.any():  # some encoders refuse a batch without tokens
+            states = encoder(input_ids=ids[rows], attention_mask=mask[rows]).last_hidden_state.to(part)
+            states = states.masked_fill(mask[rows, :, None] == 0, 0)
+            part[rows, : states.shape[1], : states.shape[2]] = states
+        parts.append(part)
     return torch.cat(parts, dim=1)
 
 
