@@ -72,6 +72,33 @@ def test_what_is_finished_is_not_run_again(here, capsys):
     assert ["heldout_nats", f"{nats:.4g}"] in table
 
 
+def test_equal_seconds_from_a_base_that_is_trained_first(tmp_path, monkeypatch, capfd):
+    """The base, two rounds of timing two copies beside each other, and the run, each a process; then none of them."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(yaml.safe_dump(tiny(training={"log_every": 32, "images": 64})))
+    tuned = {"extends": "base.yaml", "pipeline": {"build": None, "pretrained": "outputs/base"}}
+    Path("tuned.yaml").write_text(yaml.safe_dump(tuned | {"training": {"images": "100k"}}))
+    command = ["compare", "tuned.yaml", "--seeds", "1", "--seconds", "0.5", "--jobs", "2", "-o", "out"]
+    assert cli.main(command) == 0
+    said = capfd.readouterr().out
+    assert "base base: tuned starts from outputs/base, which is trained first\nbase base: 64 images, " in said
+    kept = json.loads(Path("out/budget.json").read_text())["arms"]["tuned"]
+    images = round(kept["images_per_second"] * 0.5 / 16) * 16
+    assert kept["images_per_second"] == max(kept["rounds"]) and kept["images"] == max(images, 16)
+    assert f"after {kept['images']} images" in said and len(kept["rounds"]) == kept["jobs"] == 2
+    assert json.loads(Path("out/runs/tuned/seed-0/run.json").read_text())["images"] == kept["images"]
+    assert "pretrained: outputs/base" in Path("out/runs/tuned/seed-0/recipe.yaml").read_text()
+    assert {path.name for path in Path("out/logs").iterdir()} == {
+        "base-base-seed-0.log", "tuned-timing-1.log", "tuned-timing-2.log", "tuned-seed-0.log"
+    }  # fmt: skip
+    report = Path("out/report.md").read_text()
+    assert "equal in seconds: 0.5 of training each" in report and "--seconds 0.5" in report
+    assert "tuned starts from outputs/base, the run of base: 64 images" in report
+    assert cli.main(command) == 0
+    said = capfd.readouterr().out
+    assert "was there already" in said and "timed at" not in said and "trained first" not in said
+
+
 def test_a_run_folder_is_an_arm(here, capsys):
     run = "out/runs/tiny/seed-0"
     again = ["--arm", "again", "tiny.yaml", run]
@@ -98,6 +125,7 @@ def test_the_metric_and_the_target_can_be_chosen(here, capsys):
         (["tiny.yaml", "--arm", "a=b", "tiny.yaml"], "--arm a=b tiny.yaml: an arm is a name"),
         (["tiny.yaml", "--seeds", "x"], "--seeds: say how many"),
         (["tiny.yaml", "--seeds", "0"], "--seeds 0: that is no seed at all"),
+        (["tiny.yaml", "--seconds", "0"], "--seconds 0: more than 0"),
         (["tiny.yaml", "--jobs", "0"], "--jobs 0: at least one"),
         (["tiny.yaml", "training.batch_szie=3"], "did you mean 'batch_size'"),
         (["tiny.yaml", "--arm", "long", "tiny.yaml", "training.images=320"], "these arms have no equal conditions:"),

@@ -54,7 +54,7 @@ def train_bases(plans: Sequence[Planned], output: Path, tell: Tell) -> None:
         (run,) = Runner(output).run_all([base])
         if not run.finished:
             raise UserError(
-                f"{base.folder}: the base that {', '.join(arms)} need failed: {run.message} (see "
+                f"{base.folder}: the base of {', '.join(arms)} failed: {run.message} (see "
                 f"{log_of(base, output)}); the same command goes on from its last checkpoint"
             )
         tell(f"{base.arm}: {run.facts['images']:,} images, {run.facts['seconds_training']:.0f} s of training")

@@ -89,9 +89,11 @@ def budget(plans: Sequence[Planned], output: Path, seconds: float) -> Budget:
         size, row = planned.resolved["training"]["batch_size"], arms[planned.arm]
         row["images"] = size * max(1, round(row["images_per_second"] * seconds / size))
     (output / FILE).write_text(json.dumps({"seconds": seconds, "arms": arms}, indent=1) + "\n")
-    keys = Timed.__dataclass_fields__
-    names = [each.arm for each in first_of_arms(plans)]
-    return Budget(seconds, {name: Timed(**{key: arms[name][key] for key in keys}) for name in names})
+    return Budget(seconds, {each.arm: _timed(arms[each.arm]) for each in first_of_arms(plans)})
+
+
+def _timed(row: dict[str, Any]) -> Timed:
+    return Timed(row["images_per_second"], tuple(row["rounds"]), row["jobs"], row["images"], row["begins"])
 
 
 def _read(output: Path) -> dict[str, dict[str, Any]]:
