@@ -10,9 +10,10 @@ from entrecipes.report.noise_plots import draw_noise_plots
 from entrecipes.report.plots import draw_plots
 from entrecipes.report.prune_plots import draw_prune_plots
 from entrecipes.report.run_folder import RunFolder
+from entrecipes.report.stickers import draw_sticker_plots
 
 
 def draw_assets(folder: RunFolder) -> dict[str, Path]:
     """Draw whatever the run has logged so far into its `assets/`; returns `{name: path}`."""
-    drawn = draw_plots(folder) | draw_noise_plots(folder)
+    drawn = draw_plots(folder) | draw_noise_plots(folder) | draw_sticker_plots(folder)
     return drawn | draw_prune_plots(folder) | draw_block_schedule_plots(folder) | draw_expert_plots(folder)

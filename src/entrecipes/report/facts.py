@@ -97,14 +97,14 @@ def noise_schedule_text(folder: RunFolder) -> str:
 def data_rows(run: dict[str, Any]) -> Rows:
     """Name, source, licence and counts of the data."""
     data = run["data"]
-    labels = data.get("label_names") or None
+    labels, things = data.get("label_names") or None, unit(run)
     bad = data.get("bad_images")
     return _rows(
         ("Data set", data.get("name")),
         ("Source", data.get("source")),
         ("Licence of the data", data.get("license")),
-        ("Training images", _count(data.get("train_images"))),
-        ("Held-out images", _count(data.get("held_out_images"))),
+        (f"Training {things}", _count(data.get("train_images"))),
+        (f"Held-out {things}", _count(data.get("held_out_images"))),
         ("Classes", labels and f"{len(labels)}: {', '.join(map(str, labels[:20]))}{', ...' * (len(labels) > 20)}"),
         ("Bad images or clips left out", _count(len(bad) if isinstance(bad, list) else bad) if bad else None),
     )
@@ -114,10 +114,10 @@ def speed_rows(run: dict[str, Any]) -> Rows:
     """Size, speed and memory."""
     parameters, trainable = run.get("parameters"), run.get("trainable_parameters")
     return _rows(
-        ("Images seen in training", _count(run.get("images"))),
+        (f"{unit(run).capitalize()} seen in training", _count(run.get("images"))),
         ("Batch size", _count(run.get("batch_size"))),
         ("Parameters", parameters and f"{parameters:,}, of them trained {trainable:,}"),
-        ("Speed (median)", (speed := run.get("images_per_second")) and f"{number(speed)} images/s"),
+        ("Speed (median)", (speed := run.get("images_per_second")) and f"{number(speed)} {unit(run)}/s"),
         ("Peak memory", (memory := run.get("peak_memory_gib")) and f"{number(memory)} GiB"),
         ("Time in training steps", duration(run.get("seconds_training"))),
         ("Device", run.get("device")),
@@ -131,12 +131,28 @@ def environment_rows(run: dict[str, Any]) -> Rows:
     return _rows(("Seed", run.get("seed")), *run["versions"].items())
 
 
-FILM_STRIPS = (
-    "Film strips: the pose maps asked for, below them the real clip with the reference image at its left, then the "
-    "generated clip"
-)
-MOVING = "A clip a row: reference image, pose map, real frame, generated frame"
+FILM_STRIPS = {
+    "clips": "Film strips: the pose maps asked for, below them the real clip with the reference image at its left, "
+    "then the generated clip",
+    "stickers": "Film strips: the frames that are given (the others grey), below them the real clip, then the "
+    "generated one",
+}
+MOVING = {
+    "clips": "A clip a row: reference image, pose map, real frame, generated frame",
+    "stickers": "A clip a row: what is given (grey: nothing), the real frame, the generated one",
+}
 """What the samples of clips show, still and moving."""
+
+
+def unit(run: dict[str, Any]) -> str:
+    """What is counted: `images` or `clips`."""
+    return "clips" if run["pipeline"].get("kind") in MOVING else "images"
+
+
+def captions(folder: RunFolder) -> list[str]:
+    """The texts of the newest sample grid's clips, from the top; empty where it has none."""
+    path = folder.samples[-1][1].with_suffix(".txt") if folder.samples else None
+    return path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
 
 
 def number(value: float) -> str:

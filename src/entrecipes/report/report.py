@@ -13,6 +13,7 @@ from entrecipes.report.blocks import BlockRun
 from entrecipes.report.experts import experts
 from entrecipes.report.pruning import pruned
 from entrecipes.report.run_folder import RunFolder
+from entrecipes.report.stickers import KIND, kind, stickers
 
 EARLIER_GRIDS = 5
 """Sample grids shown beside the last one, spread evenly over the run."""
@@ -44,6 +45,9 @@ def write_report(folder: str | Path) -> Path:
         pruning=pruned(folder),
         blocks=BlockRun(folder),
         experts=experts(folder),
+        stickers=stickers(folder),
+        kind=kind(folder),
+        captions=facts.captions(folder) if kind(folder) == KIND else [],
         plots={name: embedded(path) for name, path in plots.items()},
         events=folder.metrics("start", "event"),
         last=(folder.metrics("train") or [None])[-1],

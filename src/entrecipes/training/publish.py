@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
+from torch import Tensor
 
 from entrecipes.diffusion import lora
 from entrecipes.diffusion.adapter_folder import FOLDER
 from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
+from entrecipes.evaluation.drawing import draw
+from entrecipes.recipe.masks import follows_text, given_at
 from entrecipes.report.card import write_card
 from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.report.report import write_report
@@ -66,7 +69,7 @@ def save_pipeline(run: Run, folder: Path) -> None:
                 shutil.copyfile(inspect.getfile(run.components.family.pipeline_class), partial / "pipeline.py")
         else:
             run.components.pipeline(run.adapter.merged(run.eval_model)).save_pretrained(partial)
-        if run.components.family.kind == "clips":
+        if run.components.family.kind in ("clips", "stickers"):
             leave_example(run, partial)
         run.noise.publish(partial, run.components.scheduler)
         run.pruner.publish(partial)
@@ -78,12 +81,27 @@ def save_pipeline(run: Run, folder: Path) -> None:
 
 
 def leave_example(run: Run, folder: Path) -> None:
-    """What the card's snippet needs: a clip's `example/poses.gif`, and, of a drawn figure only, its `reference.png`."""
+    """What the card's snippet needs, pictures only where nobody real can be on them.
+
+    Of clips, `example/poses.gif` and the person, `reference.png`; of stickers, the first frame, `frame.png`.
+    """
+    if run.components.family.kind == "stickers":
+        if run.data.images.train.rendered:
+            clip, _ = example(run)
+            save_grid(clip[None, :, 0], folder / "example" / "frame.png", columns=1, scale=1, gap=0)
+        return
     clips, _ = run.evaluator.clips(1)
     _, poses, reference = clip_parts(clips)
     save_moving(poses[0].transpose(0, 1), folder / "example" / "poses.gif", scale=1)
     if run.data.images.train.rendered:
         save_grid(reference, folder / "example" / "reference.png", columns=1, scale=1, gap=0)
+
+
+def example(run: Run) -> tuple[Tensor, str]:
+    """The first sticker uint8 [3, F, H, W] that the evaluation draws, a held-out one if there is any, and its text."""
+    images = run.data.images.held_out or run.data.images.train
+    drawn, (index,) = draw(images, 1, run.recipe.evaluation.seed)
+    return drawn[0], images.captions[index]
 
 
 def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
@@ -132,8 +150,27 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
             "steps": recipe.evaluation.steps,
             "guidance_scale": recipe.evaluation.guidance_scale,
             "latent": run.space.latent,
+            "kind": components.family.kind,
         },
+        "stickers": sticker_facts(run) if components.family.kind == "stickers" else None,
         "metrics": final_metrics(run),
+    }
+
+
+def sticker_facts(run: Run) -> dict[str, Any]:
+    """What the card says of clips, texts and tasks, and what its snippet asks for."""
+    train, text, tasks = run.data.images.train, run.components.text, run.masks.tasks
+    moving, frames = int((train.lengths > 1).sum()), train.tensor.shape[2]
+    return {
+        "clips": moving,
+        "stills": len(train) - moving,
+        "frames": frames,
+        "text": text and {"id": text.id, "tokens": list(text.tokens), "channels": text.channels},
+        "frame_guidance_scale": run.recipe.evaluation.frame_guidance_scale,
+        "example": {
+            "caption": example(run)[1] if text and any(map(follows_text, tasks)) else None,
+            "frame": any(given_at(task, frames)[0] for task in tasks),
+        },
     }
 
 
@@ -145,6 +182,7 @@ def adapter_facts(run: Run) -> dict[str, Any]:
         "revision": run.recipe.pipeline.revision,
         "component": run.components.family.component,
         "loads_itself": isinstance(run.components.model, PeftAdapterMixin),
+        "quantise": getattr(run.recipe.blocks.adapter, "quantise", False),
     }
 
 
