@@ -34,7 +34,7 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "edm euler": ("EDMEulerScheduler", {}),
 }
 FRAMES, SIDE = 4, 8
-QUICK = {"num_frames": FRAMES, "num_inference_steps": 3, "output_type": "pt"}
+QUICK = {"num_frames": FRAMES, "num_inference_steps": 2, "output_type": "pt"}
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,10 @@ def test_it_is_the_solvers_own_loop(text):
     condition = torch.zeros(1, 3, FRAMES, SIDE, SIDE)
     condition[0, :, 1] = pictures[1] * 2 - 1
     tokens = encode_captions(["a red cat"], [pipeline.text_encoder], [pipeline.tokenizer], [4]).float()
-    alphas = [*pipeline.scheduler.alphas_cumprod[[666, 333, 0]], torch.tensor(1.0)]
+    alphas = [*pipeline.scheduler.alphas_cumprod[[500, 0]], torch.tensor(1.0)]
     x = torch.randn(1, 3, FRAMES, SIDE, SIDE, generator=seeds(3)[0])
     with torch.no_grad():
-        for time, now, following in zip((666, 333, 0), alphas, alphas[1:], strict=False):
+        for time, now, following in zip((500, 0), alphas, alphas[1:], strict=False):
             noise = pipeline.unet(x, torch.tensor([time]), tokens, condition).sample
             x0 = (x - (1 - now).sqrt() * noise) / now.sqrt()
             x = following.sqrt() * x0 + (1 - following).sqrt() * noise
@@ -193,7 +193,7 @@ def test_guidance_is_the_published_sum_and_takes_no_pass_too_many(text, monkeypa
     x = torch.randn(1, 3, FRAMES, SIDE, SIDE, generator=seeds(0)[0])
     with torch.no_grad():
         nothing, of_text, of_frames, of_both = (
-            pipeline.unet(x, 666, tokens * words, condition * shown).sample
+            pipeline.unet(x, 500, tokens * words, condition * shown).sample
             for words, shown in ((0, 0), (1, 0), (0, 1), (1, 1))
         )
     found, step = [], DDIMScheduler.step
@@ -208,7 +208,7 @@ def test_guidance_is_the_published_sum_and_takes_no_pass_too_many(text, monkeypa
         options = QUICK | {"guidance_scale": scale, "frame_guidance_scale": frame, "return_dict": True}
         pipeline(**asked, **options | {"generator": seeds(0)})
         torch.testing.assert_close(found[0], expected, rtol=0, atol=2e-5)
-        assert calls == [passes] * 3
+        assert calls == [passes] * 2
 
     three = nothing + 2 * (of_frames - nothing) + 5 * (of_both - of_frames)
     close(3, three, True, True, 5, 2)
