@@ -2,244 +2,27 @@
 
 It follows I2VGen-XL (Zhang et al. 2023) without its image and fps embeddings, and has a layer of its own between a
 resnet block and the attention, STI: between discrete frames the same thing moves far, so that a convolution over time
-alone, at one pixel, misses it. Of torch and diffusers alone, so that this file can travel beside the weights.
+alone, at one pixel, misses it. Of torch and diffusers alone, and saved beside the weights (as `entrecipes.py`, with
+`sti.py`): where entrecipes is not installed, diffusers loads the model from there, with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D, TemporalConvLayer, Upsample2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
-from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
-STI_HEAD_DIM = 32
-"""Channels of a head of the attention in an STI layer, and of `transformer_in` heads' count; 8 heads at most."""
-LONGEST = 64
-"""Frames that sinusoidal positions are made for."""
-
-
-def few_heads(channels: int) -> int:
-    """8 heads as published, fewer in narrow nets."""
-    return max(1, min(8, channels // STI_HEAD_DIM))
-
-
-class TimeConv(nn.Conv3d):
-    """A (3, 1, 1) convolution as one over frames and pixels, which CPUs run two to three times faster."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, (3, 1, 1), padding=(1, 0, 0))
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """[n, C, F, h, w]."""
-        hidden = functional.conv2d(clip.flatten(3), self.weight[..., 0], self.bias, padding=(1, 0))
-        return hidden.unflatten(3, clip.shape[3:])
-
-
-class SharedText(AttnProcessor2_0):
-    """Attention of all frames of a clip to its text, whose keys and values are made once."""
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """[n * F, pixels, C] and text [n, T, D] to [n * F, pixels, C]."""
-        clips = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
-        return super().__call__(attn, clips, encoder_hidden_states, **kwargs).view_as(hidden_states)
-
-
-class STILayer(nn.Module):
-    """Attention over all frames and pixels of a clip, pooled, fused with convolutions over time.
-
-    Published: the semantic branch (2x2 pooling, one sequence of all pixels of all frames, 8 heads of 32, nearest
-    upsampling, plus input), kernel (3, 1, 1) and two layers in the other branch, and the fusion, whose learned weights
-    start at 0 for attention and 1 for convolutions, with a GroupNorm behind it against overflow. Ours: the norm before
-    the attention, a narrow inside of the convolutions in place of kernels that mix a fixed number of frames, and their
-    shortcut.
-
-    Args:
-        channels: Channels of input and output.
-        groups: Groups of the norms.
-        inner: Channels between the two convolutions.
-        fusion: `scalar`, two learned numbers, or `mlp`, two numbers predicted from the pooled input.
-    """
-
-    def __init__(self, channels: int, groups: int, inner: int, fusion: str) -> None:
-        super().__init__()
-        self.attn = Attention(
-            channels, heads=few_heads(channels), dim_head=min(STI_HEAD_DIM, channels), norm_num_groups=groups
-        )
-        inner = min(inner, channels)
-        self.detail = nn.Sequential(
-            nn.GroupNorm(groups, channels),
-            nn.SiLU(),
-            TimeConv(channels, inner),
-            nn.GroupNorm(math.gcd(groups, inner), inner),
-            nn.SiLU(),
-            TimeConv(inner, channels),
-        )
-        self.fusion_mlp = None
-        if fusion == "mlp":
-            self.fusion_mlp = nn.Sequential(nn.Linear(channels, channels // 4), nn.SiLU(), nn.Linear(channels // 4, 2))
-            nn.init.zeros_(self.fusion_mlp[-1].weight)
-            with torch.no_grad():
-                self.fusion_mlp[-1].bias.copy_(torch.tensor([0.0, 1.0]))
-        else:
-            self.fusion_weights = nn.Parameter(torch.tensor([0.0, 1.0]))
-        self.norm = nn.GroupNorm(groups, channels)
-
-    def forward(self, hidden: Tensor, num_frames: int) -> Tensor:
-        """[n * F, C, h, w] to the same shape; the frames of a clip stand together."""
-        clip = hidden.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [n, C, F, h, w]
-        semantic, detail = self._semantic(hidden, num_frames).unflatten(0, (-1, num_frames)).transpose(1, 2), clip
-        detail = clip + self.detail(clip)
-        if self.fusion_mlp is None:
-            first, second = self.fusion_weights
-        else:
-            first, second = self.fusion_mlp(clip.mean(dim=(2, 3, 4)))[:, :, None, None, None, None].unbind(1)
-        return self.norm(first * semantic + second * detail).transpose(1, 2).flatten(0, 1)
-
-    def _semantic(self, hidden: Tensor, num_frames: int) -> Tensor:
-        """[n * F, C, h, w]; an odd side is pooled with its last row alone."""
-        height, width = hidden.shape[-2:]
-        pooled = functional.avg_pool2d(hidden, 2, ceil_mode=True) if min(height, width) > 1 else hidden
-        tokens = pooled.unflatten(0, (-1, num_frames)).permute(0, 1, 3, 4, 2)
-        seen = self.attn(tokens.flatten(1, 3)).view(tokens.shape).flatten(0, 1).permute(0, 3, 1, 2)
-        if seen.shape[-2:] != (height, width):
-            seen = functional.interpolate(seen, scale_factor=2.0, mode="nearest")[..., :height, :width]
-        return hidden + seen
-
-
-class ConditionProjection(nn.Module):
-    """What goes beside the noisy clip: given frames through three convolutions and attention over frames at each pixel.
-
-    Args:
-        channels: Channels of input and output, 4 as published with 16 between; never fewer between than outside.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        inner = max(16, channels)
-        self.convs = nn.Sequential(
-            nn.Conv2d(channels, inner, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(inner, inner, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(inner, channels, 3, padding=1),
-        )
-        # Two heads as wide as the input each, as in I2VGen-XL: so any number of channels goes.
-        self.temporal = I2VGenXLTransformerTemporalEncoder(channels, 2, channels, "gelu", ff_inner_dim=4 * channels)
-
-    def forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        """[n * F, C, h, w] to the same shape."""
-        hidden = self.convs(frames).unflatten(0, (-1, num_frames)).permute(0, 3, 4, 1, 2)  # [n, h, w, F, C]
-        seen = self.temporal(hidden.flatten(0, 2)).view(hidden.shape)
-        return seen.permute(0, 3, 4, 1, 2).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What all stages of a model have in common; see `DFGNModel`."""
-
-    time_channels: int
-    norm_num_groups: int
-    attention_head_dim: int
-    cross_attention_dim: int
-    temporal_layer: str
-    fusion: str
-    detail_channels: int
-    positional: str
-
-    def temporal_transformer(self, channels: int, heads: int) -> TransformerTemporalModel:
-        """Attention over the frames at each pixel."""
-        place = {"positional_embeddings": "sinusoidal", "num_positional_embeddings": LONGEST}
-        return TransformerTemporalModel(
-            heads,
-            self.attention_head_dim,
-            in_channels=channels,
-            norm_num_groups=self.norm_num_groups,
-            **(place if self.positional == "sinusoidal" else {}),
-        )
-
-    def temporal(self, channels: int) -> nn.Module:
-        """What stands between a resnet block and the attention."""
-        if self.temporal_layer == "conv":
-            layer = TemporalConvLayer(channels, channels, norm_num_groups=self.norm_num_groups)
-            for conv in (module for module in layer.modules() if isinstance(module, nn.Conv3d)):
-                conv.__class__ = TimeConv
-            return layer
-        return STILayer(channels, self.norm_num_groups, self.detail_channels, self.fusion)
-
-
-class Stage(nn.Module):
-    """The layers of one resolution on the way down or up, or those in the middle.
-
-    Args:
-        channels_in: Channels that come into each resnet block, skips included.
-        channels: Channels behind each.
-        attentions: How many of the layers have attention, from the first on.
-        layout: The rest.
-        resample: `down`, `up` or nothing behind the last layer.
-    """
-
-    def __init__(
-        self, channels_in: list[int], channels: int, attentions: int, layout: Layout, resample: str | None = None
-    ) -> None:
-        super().__init__()
-        groups, head_dim = layout.norm_num_groups, layout.attention_head_dim
-        heads = max(1, channels // head_dim)
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(
-                in_channels=width, out_channels=channels, temb_channels=layout.time_channels, groups=groups, eps=1e-5
-            )
-            for width in channels_in
-        )
-        self.temporal_layers = nn.ModuleList(layout.temporal(channels) for _ in channels_in)
-        self.attentions = nn.ModuleList(
-            Transformer2DModel(
-                heads,
-                head_dim,
-                in_channels=channels,
-                norm_num_groups=groups,
-                cross_attention_dim=layout.cross_attention_dim,
-                use_linear_projection=True,
-            )
-            for _ in range(attentions)
-        )
-        for block in (block for attention in self.attentions for block in attention.transformer_blocks):
-            block.attn2.set_processor(SharedText())
-        self.temporal_attentions = nn.ModuleList(
-            layout.temporal_transformer(channels, heads) for _ in range(attentions)
-        )
-        down = [Downsample2D(channels, use_conv=True, name="op")] if resample == "down" else []
-        self.downsamplers = nn.ModuleList(down)
-        self.upsamplers = nn.ModuleList([Upsample2D(channels, use_conv=True)] if resample == "up" else [])
-        self.gradient_checkpointing = False
-
-    def layer(self, index: int, hidden: Tensor, time: Tensor, text: Tensor, num_frames: int) -> Tensor:
-        """One layer: resnet block, layer over time, and attention over pixels, text and frames if there is any."""
-        hidden = self._run(self.resnets[index], hidden, time)
-        hidden = self._run(self.temporal_layers[index], hidden, num_frames)
-        if index < len(self.attentions):
-            hidden = self.attentions[index](hidden, text, return_dict=False)[0]  # checkpoints on its own
-            temporal = self.temporal_attentions[index]
-            hidden = self._run(lambda x: temporal(x, num_frames=num_frames, return_dict=False)[0], hidden)
-        return hidden
-
-    def _run(self, module: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(module, *inputs)
-        return module(*inputs)
+from .sti import ConditionProjection, Layout, Stage, few_heads  # diffusers finds what to copy by this form
 
 
 @dataclass
@@ -313,14 +96,14 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._check()
         widths, patch = list(block_out_channels), patch_size**2
         layout = Layout(
-            4 * widths[0],
-            norm_num_groups,
-            attention_head_dim,
-            cross_attention_dim,
-            temporal_layer,
-            fusion,
-            detail_channels,
-            positional,
+            time_channels=4 * widths[0],
+            norm_num_groups=norm_num_groups,
+            attention_head_dim=attention_head_dim,
+            cross_attention_dim=cross_attention_dim,
+            temporal_layer=temporal_layer,
+            fusion=fusion,
+            detail_channels=detail_channels,
+            positional=positional,
         )
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0, scale=timestep_scale)
         self.time_embedding = TimestepEmbedding(widths[0], layout.time_channels)
@@ -329,30 +112,35 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             nn.Identity()
             if width == cross_attention_dim
             else nn.Sequential(nn.Linear(width, wide), nn.SiLU(), nn.Linear(wide, cross_attention_dim))
-            for width in text_channels or [cross_attention_dim]
+            for width in text_channels or ()
         )
         self.condition_projection = ConditionProjection(in_channels * patch)
         self.conv_in = nn.Conv2d(2 * in_channels * patch, widths[0], 3, padding=1)
         heads = few_heads(widths[0])
         self.transformer_in = layout.temporal_transformer(widths[0], heads) if temporal_in else None
+        self._add_stages(layout)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], out_channels * patch, 3, padding=1)
 
+    def _add_stages(self, layout: Layout) -> None:
+        """From fine to coarse, the middle, and back; each layer on the way back also takes one's output from before."""
+        widths, layers = self.config.block_out_channels, self.config.layers_per_block
+        levels = self.config.attention_levels
         skips, last = [widths[0]], len(widths) - 1
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
-            inputs = [skips[-1]] + [width] * (layers_per_block - 1)
-            attentions = layers_per_block * attention_levels[level]
+            inputs = [skips[-1]] + [width] * (layers - 1)
+            attentions = layers * levels[level]
             self.down_blocks.append(Stage(inputs, width, attentions, layout, "down" if level < last else None))
-            skips += [width] * (layers_per_block + (level < last))
+            skips += [width] * (layers + (level < last))
         self.mid_block = Stage([width, width], width, 1, layout)
         for level in reversed(range(len(widths))):
             inputs = []
-            for _ in range(layers_per_block + 1):
+            for _ in range(layers + 1):
                 inputs.append(width + skips.pop())
                 width = widths[level]
-            attentions = len(inputs) * attention_levels[level]
+            attentions = len(inputs) * levels[level]
             self.up_blocks.append(Stage(inputs, width, attentions, layout, "up" if level else None))
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, out_channels * patch, 3, padding=1)
 
     def _check(self) -> None:
         config = self.config
@@ -400,6 +188,13 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden = self.conv_in(torch.cat([self._frames(sample), given], 1))
         if self.transformer_in is not None:
             hidden = self.transformer_in(hidden, num_frames=num_frames, return_dict=False)[0]
+        hidden = self._through_stages(hidden, time, text, num_frames)
+        hidden = self.conv_out(functional.silu(self.conv_norm_out(hidden)))
+        hidden = functional.pixel_shuffle(hidden, self.config.patch_size)
+        output = hidden.unflatten(0, (count, num_frames)).transpose(1, 2)
+        return DFGNOutput(sample=output) if return_dict else (output,)
+
+    def _through_stages(self, hidden: Tensor, time: Tensor, text: Tensor, num_frames: int) -> Tensor:
         skips = [hidden]
         for stage in self.down_blocks:
             for index in range(len(stage.resnets)):
@@ -415,10 +210,15 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 hidden = stage.layer(index, torch.cat([hidden, skips.pop()], 1), time, text, num_frames)
             for upsampler in stage.upsamplers:
                 hidden = upsampler(hidden)
-        hidden = self.conv_out(functional.silu(self.conv_norm_out(hidden)))
-        hidden = functional.pixel_shuffle(hidden, self.config.patch_size)
-        output = hidden.unflatten(0, (count, num_frames)).transpose(1, 2)
-        return DFGNOutput(sample=output) if return_dict else (output,)
+        return hidden
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+        """Save weights, configuration and source; options are diffusers' own."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            here, folder = Path(__file__), Path(save_directory)
+            shutil.copyfile(here, folder / "entrecipes.py")
+            shutil.copyfile(here.with_name("sti.py"), folder / "sti.py")
 
     def _frames(self, clip: Tensor) -> Tensor:
         """All frames as one batch [n * F, C, h, w], in patches."""
@@ -427,13 +227,15 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _text(self, text: Tensor | None, like: Tensor) -> Tensor:
         """The tokens that are attended to [n, T, cross_attention_dim]."""
         config = self.config
-        channels, tokens = config.text_channels or [config.cross_attention_dim], config.text_tokens
+        tokens, channels = config.text_tokens or [1], config.text_channels or [config.cross_attention_dim]
         if text is None:
-            text = like.new_zeros(len(like), sum(tokens or [1]), max(channels))
-        parts = text.to(like.dtype).split(list(tokens or [text.shape[1]]), dim=1)
+            text = like.new_zeros(len(like), sum(tokens), max(channels))
+        text = text.to(like.dtype)
+        if config.text_channels is None:
+            return text
         projected = [
             project(part[..., :width])
-            for project, part, width in zip(self.text_projection, parts, channels, strict=True)
+            for project, part, width in zip(self.text_projection, text.split(list(tokens), 1), channels, strict=True)
         ]
         return torch.cat(projected, 1)
 
