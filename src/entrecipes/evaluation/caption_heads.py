@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,11 @@ VERSION = 1
 WIDTH = 128
 BATCH = 256
 KEPT_BACK, BLOCKS, LEAST_KEPT = 0.1, 40, 8
-"""Share of the training pairs that say when to stop, in blocks of the captions' alphabet; fewer pairs say nothing."""
+"""Share of the training pairs that say when to stop, in blocks of the captions' alphabet; fewer texts say nothing."""
 CHECK_EVERY = 25
 LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 1e-3, 0.1, 0.3
-LEAST_DEVIATION = 1e-3
+LEAST_DEVIATION, FARTHEST = 1e-3, 4.0
+"""A feature that hardly varies in training is not blown up when it does elsewhere."""
 
 
 class _Head(nn.Module):
@@ -31,7 +31,7 @@ class _Head(nn.Module):
         self.linear = nn.Linear(features.shape[1], WIDTH)
 
     def forward(self, features: Tensor) -> Tensor:
-        scaled = (features - self.mean) / self.deviation
+        scaled = ((features - self.mean) / self.deviation).clamp(-FARTHEST, FARTHEST)
         return F.normalize(self.linear(F.dropout(scaled, DROPOUT, self.training)), dim=1)
 
 
@@ -69,11 +69,12 @@ def _kept_back(captions: Sequence[str], generator: torch.Generator) -> Tensor:
     chosen = torch.randperm(BLOCKS, generator=generator)[: round(BLOCKS * KEPT_BACK)].tolist()
     kept = torch.zeros(len(captions), dtype=torch.bool)
     kept[torch.cat([blocks[number] for number in chosen])] = True
-    return kept if kept.sum() >= LEAST_KEPT else torch.zeros_like(kept)
+    texts = {caption for caption, use in zip(captions, kept.tolist(), strict=True) if use}
+    return kept if len(texts) >= LEAST_KEPT else torch.zeros_like(kept)
 
 
 def train_heads(clips: Tensor, texts: Tensor, captions: Sequence[str], *, steps: int, seed: int) -> tuple[Heads, int]:
-    """Train heads on pairs of frozen features; a few pairs are kept back and say which step's weights are taken.
+    """Train heads on pairs of frozen features, for as long as that helped when some of the pairs were kept back.
 
     Args:
         clips: float32 [N, D] on the CPU.
@@ -83,35 +84,35 @@ def train_heads(clips: Tensor, texts: Tensor, captions: Sequence[str], *, steps:
         seed: Of the heads, their dropout, the batches, and the choice of what is kept back.
 
     Returns:
-        The heads in eval mode, and the step that they are of.
+        The heads in eval mode, trained on all pairs, and the steps that it took.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kept = _kept_back(captions, generator)
-    learn, judge = (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
-    own = same(captions).float()
-
-    def loss(which: Tensor) -> Tensor:
-        return heads.loss(clips[which], texts[which], own[which][:, which])
-
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        heads = Heads(clips[learn], texts[learn])
-        optimizer = torch.optim.AdamW(heads.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        least, best, weights = math.inf, steps, None
-        for step in range(1, steps + 1):
-            optimizer.zero_grad()
-            loss(learn[torch.randperm(len(learn), generator=generator)[:BATCH]]).backward()
-            optimizer.step()
-            if len(judge) and (step % CHECK_EVERY == 0 or step == steps):
+    own, kept = same(captions).float(), _kept_back(captions, torch.Generator().manual_seed(seed))
+    if kept.any():
+        losses = {}
+        for step, heads in _training(clips[~kept], texts[~kept], own[~kept][:, ~kept], steps, seed):
+            if step % CHECK_EVERY == 0 or step == steps:
                 heads.eval()
                 with torch.no_grad():
-                    found = loss(judge).item()
+                    losses[step] = heads.loss(clips[kept], texts[kept], own[kept][:, kept]).item()
                 heads.train()
-                if found < least:
-                    least, best, weights = found, step, deepcopy(heads.state_dict())
-    if weights:
-        heads.load_state_dict(weights)
-    return heads.eval(), best
+        steps = min(losses, key=losses.get)
+    *_, (_, heads) = _training(clips, texts, own, steps, seed)
+    return heads.eval(), steps
+
+
+def _training(clips: Tensor, texts: Tensor, own: Tensor, steps: int, seed: int) -> Iterator[tuple[int, Heads]]:
+    """The heads after each step."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        heads = Heads(clips, texts)
+        optimizer = torch.optim.AdamW(heads.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        for step in range(1, steps + 1):
+            batch = torch.randperm(len(clips), generator=generator)[:BATCH]
+            optimizer.zero_grad()
+            heads.loss(clips[batch], texts[batch], own[batch][:, batch]).backward()
+            optimizer.step()
+            yield step, heads
 
 
 def same(captions: Sequence[str]) -> Tensor:

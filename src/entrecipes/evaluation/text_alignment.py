@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from entrecipes.data.images import ImageSet
 from entrecipes.data.places import atomic_folder, home
-from entrecipes.data.text import TextEncoders, embed
+from entrecipes.data.text import TextEncoders
 from entrecipes.errors import UserError
 from entrecipes.evaluation.caption_heads import VERSION, Heads, ability, train_heads
 from entrecipes.evaluation.features import FeatureExtractor, preprocess, weights_digest
-from entrecipes.evaluation.metrics import Origin
-from entrecipes.evaluation.metrics import embed as embed_frames
+from entrecipes.evaluation.metrics import Origin, embed
 from entrecipes.evaluation.video_features import Frames
 from entrecipes.fingerprint import fingerprint
 from entrecipes.recipe.evaluation import CaptionAlignment, TransformersClip
@@ -70,8 +69,10 @@ class TextJudge:
 
 def _sentences(captions: Sequence[str], encoders: TextEncoders, device: torch.device | str) -> Tensor:
     """Mean of each caption's token embeddings, without the padding: float32 [N, E] on the CPU."""
-    tokens = embed(captions, encoders, device).float()
-    return tokens.sum(1) / tokens.any(2).sum(1, keepdim=True).clamp(min=1)
+    numbers = {caption: number for number, caption in enumerate(sorted(set(captions)))}
+    tokens = encoders.encode(list(numbers), device).float()
+    sentences = tokens.sum(1) / tokens.any(2).sum(1, keepdim=True).clamp(min=1)
+    return sentences[[numbers[caption] for caption in captions]]
 
 
 def _clip_features(images: ImageSet, features: FeatureExtractor) -> Tensor:
@@ -80,7 +81,8 @@ def _clip_features(images: ImageSet, features: FeatureExtractor) -> Tensor:
     lengths = torch.full((len(images),), frames) if images.lengths is None else images.lengths
     counted = torch.arange(frames) < lengths[:, None]
     clips = images.tensor.transpose(1, 2)
-    found = embed_frames((clip[use] for clip, use in zip(clips, counted, strict=True)), features, FRAMES_AT_A_TIME)
+    parts = zip(clips.split(CLIPS_AT_A_TIME), counted.split(CLIPS_AT_A_TIME), strict=True)
+    found = embed((clips[use] for clips, use in parts), features, FRAMES_AT_A_TIME)
     owner = torch.arange(len(clips)).repeat_interleave(lengths)
     return torch.zeros(len(clips), found.shape[1]).index_add_(0, owner, found) / lengths[:, None]
 
