@@ -84,16 +84,11 @@ class StickerPipeline(DiffusionPipeline):
             raise ValueError(f"text_tokens {text_tokens}: give one number for each text encoder")
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Save all parts and their source: this one as `pipeline.py`, the denoiser's as `unet/entrecipes.py`.
-
-        Options are diffusers' own.
-        """
+        """Save all parts, this file as `pipeline.py` and what it imports; options are diffusers' own."""
         super().save_pretrained(save_directory, **options)
         folder, here = Path(save_directory), Path(__file__)
         shutil.copyfile(here, folder / "pipeline.py")
         shutil.copyfile(here.with_name("sticker_io.py"), folder / "sticker_io.py")
-        if type(self.unet).__module__ == "entrecipes":  # as it is known, not where it is: so its code is asked
-            shutil.copyfile(inspect.getfile(type(self.unet).forward), folder / "unet" / "entrecipes.py")
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **options: Any) -> tuple[dict, dict, dict]:
