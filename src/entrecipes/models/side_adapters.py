@@ -40,6 +40,12 @@ class BesideBase(ModelMixin, ConfigMixin):
 
     _base: tuple[nn.Module, ...] = ()
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **options: Any) -> tuple[dict, dict, dict]:
+        """Without a warning of the entry that says where the source lies."""
+        known = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(known, **options)
+
     def attach(self, model: nn.Module) -> Self:
         """Put the adapter on a base, moved to its device and floating-point type.
 
