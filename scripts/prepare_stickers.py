@@ -20,6 +20,8 @@ import logging
 import sys
 from pathlib import Path
 
+import datasets
+
 from entrecipes.data.sticker_preparation import StickerOptions, from_folder, from_packs, prepare_stickers
 from entrecipes.errors import UserError
 
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    datasets.disable_progress_bars()
     try:
         options = StickerOptions(args.size, args.frames, args.key_frames)
         if args.folder:

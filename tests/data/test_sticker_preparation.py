@@ -287,7 +287,17 @@ def test_archives_of_something_else(archives: list[Path], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("variant", "base"),
-    [("👨‍🎨", "🧑‍🎨"), ("👩‍🎨", "🧑‍🎨"), ("🏃‍♀️", "🏃"), ("👩", "🧑"), ("👨‍👩‍👦", "👨‍👩‍👦"), ("🐈‍⬛", "🐈‍⬛")],
+    [
+        ("👨‍🎨", "🧑‍🎨"),
+        ("👩‍🎨", "🧑‍🎨"),
+        ("🏃‍♀️", "🏃"),
+        ("👩", "🧑"),
+        ("👧", "🧒"),
+        ("👨‍👩‍👦", "🧑‍🧒"),
+        ("👨‍👨‍👧‍👦", "🧑‍🧒"),
+        ("👨‍❤️‍💋‍👨", "🧑‍❤‍💋"),
+        ("🐈‍⬛", "🐈‍⬛"),
+    ],
 )
 def test_variants_share_a_base(variant: str, base: str) -> None:
     points = [ord(character) for character in variant if character != "\ufe0f"]

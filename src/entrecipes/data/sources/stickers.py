@@ -42,8 +42,10 @@ KEYWORDS = _package("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971c
 
 TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
 JOINER, AS_EMOJI = 0x200D, 0xFE0F
-SIGNS = (0x2640, 0x2642)
-MAN, WOMAN, PERSON = 0x1F468, 0x1F469, 0x1F9D1
+SIGNS = ("\u2640", "\u2642")
+"""Female, male."""
+LIKE = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3}
+"""Man and woman as person, boy and girl as child, old man and old woman as older person."""
 FLAGS = "Flags"
 WORDS = 2
 """Keywords in a caption."""
@@ -106,13 +108,13 @@ class Names:
 
 
 def base_of(points: list[int]) -> list[int]:
-    """Code points (without tones) of what this is a variant of: `man artist` and `woman artist` are one drawing."""
-    if len(points) > 2 and points[-2] == JOINER and points[-1] in SIGNS:
-        points = points[:-2]
-    people = [point for point in points if point in (MAN, WOMAN, PERSON)]
-    if len(people) == 1 and points[0] in (MAN, WOMAN):
-        points = [PERSON, *points[1:]]
-    return points
+    """Code points (without tones) of what this is a variant of: `man artist` and `woman artist` are one drawing.
+
+    So are all families of grown-ups and a child, however many, and all couples: their figures are the same ones.
+    """
+    parts = "".join(chr(LIKE.get(point, point)) for point in points).split(chr(JOINER))
+    parts = [part for part in dict.fromkeys(parts) if part not in SIGNS]
+    return [ord(character) for character in chr(JOINER).join(parts)]
 
 
 def package_name(archive: Path) -> str:
