@@ -62,7 +62,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     for name, path in shown.items():
         (folder.path / "assets").mkdir(exist_ok=True)
         plots[name] = Path(shutil.copyfile(path, folder.path / "assets" / f"samples{path.suffix}"))
-    blocks = BlockRun(folder)
+    blocks, stock = BlockRun(folder), folder.path / STOCK
     card = ModelCard.from_template(
         _card_data(folder, metrics),
         template_path=str(TEMPLATE),
@@ -87,7 +87,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         stickers=stickers(folder),
         kind=kind(folder),
         captions=facts.captions(folder) if kind(folder) == KIND else [],
-        ways=ways_to_load(pipeline, folder.path / STOCK, repo_id or as_seen(pipeline), as_seen(folder.path / STOCK)),
+        ways=ways_to_load(pipeline, stock, repo_id or as_seen(pipeline), as_seen(stock)) if routes(run) else [],
         tables={
             "Data": facts.data_rows(run),
             "Speed and memory": facts.speed_rows(run) + blocks.speed_rows(),

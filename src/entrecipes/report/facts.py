@@ -62,8 +62,9 @@ def held_out_text(folder: RunFolder) -> str:
     which = "Nats on training images" if last.get("split") == "train" else "Held-out nats"
     error = last.get("nats_standard_error")
     text = f"{which}: {number(last['nats'])}" + ("" if error is None else f" (standard error {number(error)})")
-    text += f" at {last['images']:,} images, "
-    text += "the best of the run" if best is last else f"best {number(best['nats'])} at {best['images']:,} images"
+    things = unit(folder.run) if folder.has("run.json") else "images"
+    text += f" at {last['images']:,} {things}, "
+    text += "the best of the run" if best is last else f"best {number(best['nats'])} at {best['images']:,} {things}"
     return f"{text}. Lower is better. {_bundle(folder)}".strip()
 
 

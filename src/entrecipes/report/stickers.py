@@ -28,7 +28,6 @@ PICTURES = {
 }
 """The pictures that there may be, and what they show."""
 COLOURS = dict(zip(TASKS, (STEPS[1], BLUE, INK, ORANGE, "#4a8f5a", "#96b84f", MUTED), strict=True))
-FORWARDS = {"pre_frame_prediction": "prediction backwards", "post_frame_prediction": "prediction forwards"}
 
 Row = dict[str, Any]
 
@@ -62,8 +61,8 @@ class StickerRun:
         """What was trained on what, at a glance."""
         data = self.run.get("data") or {}
         found = {
-            "Tasks": ", ".join(map(called, self.tasks)),
-            "Shown and measured": called(task) if (task := self.recipe["evaluation"].get("task")) else None,
+            "Tasks": ", ".join(self.tasks),
+            "Shown and measured": self.recipe["evaluation"].get("task"),
             "Masks": self._said("masks", self.masks["type"]) + self._masks(),
             "Curriculum": self._curriculum(),
             "Text encoders": self._texts(),
@@ -131,7 +130,7 @@ class StickerRun:
             if hard:
                 nats = self.column("nats", task)
                 cells += _ends(nats[np.isfinite(nats)])
-            rows.append([called(task), GIVEN[task], text, *cells])
+            rows.append([task, GIVEN[task], text, *cells])
         return [Table("Tasks", header, rows)]
 
     def column(self, key: str, task: str) -> np.ndarray:
@@ -149,11 +148,6 @@ def kind(folder: RunFolder) -> str:
     """The kind of data that the run is about: `images`, `sequences`, `clips` or `stickers`."""
     name = folder.recipe["data"]["type"] if folder.has("recipe.yaml") else "digits"
     return choice("data", name).section.kind
-
-
-def called(task: str) -> str:
-    """A task in words."""
-    return FORWARDS.get(task, task)
 
 
 def draw_sticker_plots(folder: RunFolder) -> dict[str, Path]:
@@ -174,7 +168,7 @@ def plot_odds(axes: Axes, run: StickerRun) -> None:
     seen = _seen(run)
     if len(seen) == 1:  # a band needs two ends
         seen, shares = [0, seen[0]], [share.repeat(2) for share in shares]
-    axes.stackplot(seen, shares, colors=colours, labels=list(map(called, run.tasks)), edgecolor="white", linewidth=0.6)
+    axes.stackplot(seen, shares, colors=colours, labels=run.tasks, edgecolor="white", linewidth=0.6)
     axes.set(title="Odds of the tasks", ylabel="share of the draws in %", ylim=(0, 100), xlim=(seen[0], seen[-1]))
     axes.grid(False)
     _finish(axes)
@@ -186,7 +180,7 @@ def plot_nats(axes: Axes, run: StickerRun) -> None:
     for task in run.tasks:
         nats = run.column("nats", task)
         marks = {"marker": "o", "markersize": 3} if len(nats) <= 25 else {}
-        axes.plot(_seen(run), nats, color=COLOURS[task], linewidth=1.6, label=called(task), **marks)
+        axes.plot(_seen(run), nats, color=COLOURS[task], linewidth=1.6, label=task, **marks)
         every.append(nats)
     log_scale_where_wide(axes, np.concatenate(every))
     axes.set(title="Difficulty of the tasks", ylabel="nats per unit log sigma")
