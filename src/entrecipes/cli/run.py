@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, or the name of one that comes with entrecipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as training.images=20k")
     parser.add_argument("--dry-run", action="store_true", help="build everything, take a few steps, write nothing")
+    parser.add_argument(
+        "--meta", action="store_true", help="--dry-run: only build the model, without weights, data or network"
+    )
     parser.add_argument("--timed", type=float, default=0.0, metavar="SECONDS", help="--dry-run: time steps for so long")
     parser.add_argument("--json", action="store_true", help="--dry-run: say it as one line of JSON")
     parser.add_argument(
@@ -33,13 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
     loaded = load(args.recipe, args.overrides)
-    if (args.timed or args.json) and not args.dry_run:
-        raise UserError("--timed and --json are of --dry-run; a run itself says everything in metrics.jsonl")
+    if (args.timed or args.json or args.meta) and not args.dry_run:
+        raise UserError("--timed, --json and --meta are of --dry-run; a run itself says everything in metrics.jsonl")
     if args.accelerate:
         return _through_accelerate(args)
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
     for warning in loaded.warnings if speaks else ():
         print(f"warning: {warning}", file=sys.stderr)
+    if args.meta:
+        return _outline(loaded, args.json)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("entrecipes").setLevel(logging.INFO)
     return _dry_run(loaded, speaks, args.timed, args.json) if args.dry_run else _train(loaded, speaks)
@@ -132,6 +137,18 @@ def _print_ending(folder: Path) -> None:
         print(f"  {what:12} {folder / path}")
     print("\nLoad it:\n")
     print(snippet(facts, (folder / published(facts)).resolve()))
+
+
+def _outline(loaded: LoadedRecipe, as_json: bool) -> int:
+    from entrecipes.training.dry_run import outline
+
+    found = outline(loaded.recipe)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(f"{found.model}: {found.parameters:,} parameters, {found.forward_gflops:,.1f} GFLOP a forward pass")
+    print(f"{found.weights_gib:.1f} GiB of weights, gradients, optimizer and average in float32; activations on top")
+    return 0
 
 
 def _dry_run(loaded: LoadedRecipe, speaks: bool, timed: float, as_json: bool) -> int:

@@ -56,6 +56,8 @@ def read_sticker(file: Path | bytes, suffix: str, size: int) -> Sticker:
         if suffix in PICTURES:
             return _picture(io.BytesIO(file) if isinstance(file, bytes) else file, size)
         frames, fps = _lottie(file) if suffix in LOTTIE else _video(file)
+        if not frames:
+            raise BadSticker("no frame can be decoded")
         return Sticker(np.stack([on_white(frame, size) for frame in frames]), fps)
     except BadVideo as error:
         raise BadSticker(str(error)) from None

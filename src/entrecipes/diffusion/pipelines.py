@@ -99,12 +99,11 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
         text = TextEncoders.of(pipeline)
     else:
         build = section.build
-        family = family_of(_known(build.model.class_name, FAMILIES, "pipeline.build.model.class"))
         schedulers = [name for name in dir(diffusers) if name.endswith("Scheduler")]
         _known(build.scheduler.class_name, schedulers, "pipeline.build.scheduler.class")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _instantiate(build.model, "pipeline.build.model")
+            family, model = build_model(build.model)
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
         vae = _from_hub(family.vae_class, build.vae, build.vae_revision) if build.vae else None
@@ -119,6 +118,16 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
     if vae is not None:
         vae = None if isinstance(vae, AutoencoderKL) and is_pixel_vae(vae) else vae.requires_grad_(False).eval()
     return Components(model, scheduler, vae, vae_id, family, GaussianPath.from_scheduler(scheduler), text)
+
+
+def build_model(section: Component) -> tuple[Family, ModelMixin]:
+    """A fresh model of the recipe's `pipeline.build.model`, with its family.
+
+    Raises:
+        UserError: For an unknown class or argument, or a config that the class refuses.
+    """
+    family = family_of(_known(section.class_name, FAMILIES, "pipeline.build.model.class"))
+    return family, _instantiate(section, "pipeline.build.model")
 
 
 def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline:

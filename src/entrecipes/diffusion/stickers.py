@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor
 
@@ -26,6 +27,16 @@ class DFGN(Family):
     def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """`sample` [n, C, F, h, w] -> [n, C, F, h, w]."""
         return model(sample, timestep, condition.text, condition.frames, return_dict=False)[0]
+
+    @torch.no_grad()
+    def one_pass(self, model: ModelMixin, frames: int = 8) -> Tensor:
+        """A forward pass of one clip of zeros with a text."""
+        config, device = model.config, next(model.parameters()).device
+        clip = torch.zeros(1, config.in_channels, frames, config.sample_size, config.sample_size, device=device)
+        tokens = sum(config.text_tokens or (77,))
+        width = max(config.text_channels or (config.cross_attention_dim,))
+        asked = Asked(clip, clip[:, 0, :, 0, 0] > 0, torch.zeros(1, tokens, width, device=device))
+        return self.predict(model, clip, torch.zeros(1, device=device), asked)
 
     def num_classes(self, model: ModelMixin) -> int | None:
         return None

@@ -6,8 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from entrecipes.data.loader import Batch
 from entrecipes.diffusion.lora import size
+from entrecipes.diffusion.pipelines import build_model
+from entrecipes.errors import UserError
+from entrecipes.information.proxies import flops
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.costs import state_bytes
 from entrecipes.training.loop import step
@@ -78,6 +83,38 @@ def dry_run(recipe: Recipe, seconds: float = 0.0) -> Estimate:
         train_images=len(run.data.train),
         held_out_images=len(run.data.held_out or ()),
     )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a run without weights, data or any file but the recipe."""
+
+    model: str
+    parameters: int
+    forward_gflops: float
+    """Billions of operations of a forward pass of one sample."""
+    weights_gib: float
+    """Weights, gradients, AdamW's two moments and the average, all in float32; activations come on top."""
+
+
+def outline(recipe: Recipe) -> Outline:
+    """Build the recipe's model on the meta device and pass one sample of zeros through it, as far as shapes go.
+
+    Raises:
+        UserError: For a model that can't be built, or pipelines that would have to be loaded.
+    """
+    if recipe.pipeline.build is None:
+        raise UserError("--meta: pipeline.pretrained is known only when it is loaded; leave --meta out")
+    with torch.device("meta"):
+        family, model = build_model(recipe.pipeline.build.model)
+    try:
+        operations = flops(lambda: family.one_pass(model))
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--meta: no sample passes through {family.model_class} ({why}); leave --meta out") from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    copies = 4 + (recipe.training.ema is not None)
+    return Outline(family.model_class, count, operations / 1e9, 4 * copies * count / 2**30)
 
 
 def _images_per_second(run: Run, batches: Iterator[Batch], seconds: float) -> float:
