@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, pipeline: PoseVideoPipeline, family: Family) -> int:
     """Sample and write clips, each beside what it was asked for with."""
-    from entrecipes.evaluation.evaluator import SEEN_PIXELS
     from entrecipes.evaluation.generation import generate
+    from entrecipes.evaluation.grid import SEEN_PIXELS
     from entrecipes.evaluation.side_by_side import moving, strips
     from entrecipes.report.plots import save_grid, save_moving
 

@@ -69,7 +69,7 @@ def asked_for(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace, pipeline: StickerPipeline, family: Family) -> int:
     """Sample and write stickers, each beside what it was asked for with."""
-    from entrecipes.evaluation.evaluator import SEEN_PIXELS
+    from entrecipes.evaluation.grid import SEEN_PIXELS
     from entrecipes.evaluation.side_by_side import hide
 
     _check(args)

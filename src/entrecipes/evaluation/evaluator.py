@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,25 +17,20 @@ from entrecipes.data.opening import OpenedData
 from entrecipes.diffusion.asked import Asked
 from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
-from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.evaluation.clips import compare_clips
 from entrecipes.evaluation.drawing import conditions, draw, draw_x0
 from entrecipes.evaluation.features import FeatureExtractor
 from entrecipes.evaluation.generation import Shard, balanced_labels, generate
+from entrecipes.evaluation.grid import SampleGrid, draw_grid
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.ngrams import compare_ngrams
 from entrecipes.evaluation.pose_detector import pose_detector
 from entrecipes.evaluation.result import Metric
-from entrecipes.evaluation.side_by_side import beside, hide, moving, strips, under
 from entrecipes.evaluation.stickers import compare_stickers
 from entrecipes.recipe.base import build
 from entrecipes.recipe.evaluation import Evaluation
-
-GRID_COLUMNS = 10
-SEEN_PIXELS = 96
-"""Side to which the frames of clips are enlarged at most."""
 
 
 class Evaluator:
@@ -199,10 +194,10 @@ class Evaluator:
         Returns:
             The clips, and the condition maps (or what is `Asked` of stickers).
         """
-        drawn, condition, _ = self._clips(count)
+        drawn, condition, _ = self.captioned(count)
         return drawn, condition
 
-    def _clips(self, count: int) -> tuple[Tensor, Tensor | Asked, list[str]]:
+    def captioned(self, count: int) -> tuple[Tensor, Tensor | Asked, list[str]]:
         """The same, with the captions of stickers."""
         split = next(iter(self.splits))
         drawn, indices = draw(getattr(self.data.images, split), count, self.section.seed)
@@ -213,24 +208,7 @@ class Evaluator:
 
     def grid(self, model: ModelMixin) -> SampleGrid:
         """The sample grid: one column a class, at most ten; clips beside what was asked for."""
-        space, rows = self.data.space, self.section.grid
-        if self.components.family.kind == "clips":
-            clips, condition = self.clips(rows)
-            samples = self.samples(model, rows, condition)
-            scale = max(1, SEEN_PIXELS // samples.shape[-1])
-            real, poses, reference = clip_parts(clips)
-            shown = (reference, poses, real, samples)
-            return SampleGrid(strips(*shown), 1, moving=moving(*shown), scale=scale)
-        if self.components.family.kind == "stickers":
-            clips, condition, captions = self._clips(rows)
-            samples = self.samples(model, rows, condition)
-            shown = (hide(clips, condition.given.cpu()), clips, samples)
-            scale = max(1, SEEN_PIXELS // samples.shape[-1])
-            return SampleGrid(under(*shown), 1, texts=captions, moving=beside(*shown), scale=scale)
-        columns = min(self.data.num_classes or space.columns, GRID_COLUMNS)
-        labels = balanced_labels(columns * rows, columns) if self.data.num_classes else None
-        samples = self.samples(model, columns * rows, labels)
-        return SampleGrid(space.pictures(samples), columns, texts=space.texts(samples))
+        return draw_grid(self, model)
 
     def metrics(self, model: ModelMixin, nats: dict[str, HeldOutResult], origin: dict[str, Any]) -> list[Metric]:
         """The held-out nats and the recipe's sample-based metrics, each with where it comes from.
@@ -294,21 +272,6 @@ class Evaluator:
                 **about,
             )
         return compare(section.metrics, self.extractor, drawn, self.samples(model, section.samples), **about)
-
-
-@dataclass(frozen=True)
-class SampleGrid:
-    """Samples to look at."""
-
-    pictures: Tensor
-    """uint8 [n, 1 or 3, H, W], row by row."""
-    columns: int
-    texts: list[str] | None = None
-    """Samples that are texts, as such."""
-    moving: Tensor | None = None
-    """Clips: one picture a frame, uint8 [F, 3, H, W]."""
-    scale: int | None = None
-    """Whole factor to enlarge pictures by; None: what makes them easy to see."""
 
 
 @contextlib.contextmanager
