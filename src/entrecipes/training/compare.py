@@ -18,6 +18,8 @@ from entrecipes.training.processes import Listener, Runner, look
 
 EQUAL = ("training.images", "training.batch_size", "data.", "evaluation.")
 """Beginnings of the keys that all arms must share: the budget, the data and how it is measured."""
+OWN = ("data.static",)
+"""Keys among those that change nothing of what arms are measured on, but what they train on: a method's own affair."""
 
 BUDGETED = ("training.images", "evaluation.every", "evaluation.metrics_every")
 """Of these, what may differ where the budget is equal in seconds."""
@@ -162,7 +164,7 @@ def check_equal(
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys(each.arm for each in plans):
         for key, ours, theirs in relevant(differences(base.resolved, _first(plans, name).resolved)):
-            if key.startswith(EQUAL) and key not in free:
+            if key.startswith(EQUAL) and key not in (*OWN, *free):
                 found.setdefault(key, [f"{ours!r} in {baseline}"]).append(f"{theirs!r} in {name}")
     if found and not unequal:
         listed = "".join(f"\n  {key}: {', '.join(values)}" for key, values in found.items())
