@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tiny_text import save_tiny_text
 from transformers import CLIPConfig, CLIPModel, T5Config, T5Model
 from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -134,3 +136,11 @@ def test_minilm_knows_what_is_alike() -> None:
     means = found.sum(1) / (found != 0).any(-1).sum(1, keepdim=True)
     car, automobile, cat = torch.nn.functional.normalize(means)
     assert car @ automobile > car @ cat + 0.1
+
+
+def test_no_bars_are_drawn_where_weights_are_read_and_written(folder: Path, tmp_path: Path, capsys) -> None:
+    transformers.logging.enable_progress_bar()
+    enable_progress_bars()
+    capsys.readouterr()
+    load(folder).models[0].save_pretrained(tmp_path / "copy")
+    assert capsys.readouterr().err == "" and not are_progress_bars_disabled(), "downloads keep theirs"

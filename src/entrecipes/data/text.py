@@ -22,6 +22,7 @@ from entrecipes.data.places import atomic_folder, home
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
 from entrecipes.models.sticker_io import encode_captions
+from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.pipeline import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ def _read(folder: Path) -> Tensor | None:
 
 def _load(section: TextEncoder, key: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An encoder and its tokenizer. Raises UserError."""
+    quieten_loading()
     source = _minilm(key) if section.id == "minilm" else section.id
     options = {"revision": section.revision, "subfolder": section.subfolder}
     try:

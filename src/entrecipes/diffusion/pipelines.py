@@ -19,6 +19,7 @@ from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.diffusion.pixel_vae import is_pixel_vae
 from entrecipes.errors import UserError, nearest
+from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.pipeline import Component, Pipeline
 
 
@@ -138,7 +139,7 @@ def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline
     Raises:
         UserError: When there is none, or it can't be read.
     """
-    diffusers.logging.disable_progress_bar()
+    quieten_loading()
     if (Path(source) / "pipeline" / "model_index.json").exists():
         source = str(Path(source) / "pipeline")
     elif folder := adapter_folder(source):

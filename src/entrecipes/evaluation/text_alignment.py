@@ -23,6 +23,7 @@ from entrecipes.evaluation.features import FeatureExtractor, preprocess, weights
 from entrecipes.evaluation.metrics import Origin, embed
 from entrecipes.evaluation.video_features import Frames
 from entrecipes.fingerprint import fingerprint
+from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.evaluation import CaptionAlignment, TransformersClip
 from entrecipes.recipe.pipeline import TextEncoder
 
@@ -225,6 +226,7 @@ def transformers_clip(
     """
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+    quieten_loading()
     place = f"evaluation.text_features.id '{section.id}'"
     try:
         network = AutoModel.from_pretrained(section.id, revision=section.revision, dtype=torch.float32)
