@@ -1,4 +1,4 @@
-"""Which weights may be trained at all: all, a few of the model's own, or new ones beside it (LoRA)."""
+"""Which weights may be trained: what all choices have in common, and the plain one; new ones beside a base (LoRA)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.diffusion import lora, side
@@ -22,17 +21,6 @@ from entrecipes.recipe.base import Section
 
 PARTS = re.compile(r"Attention|Attn|FeedForward|FFN|M(lp|LP)")
 """Class names of attention and feed-forward modules in diffusers."""
-EMBEDDINGS = (
-    "*class_embed*",
-    "*label_emb*",
-    "*caption_projection*",
-    "*text_embedder*",
-    "*context_embedder*",
-    "*image_embedder*",
-    "*add_embedding*",
-)
-"""Weights of diffusers' models that embed classes, captions and condition images."""
-INPUT_LAYERS = ("patch_embedding.*", "patch_embed.*", "pos_embed.proj.*", "conv_in.*", "x_embedder.*", "proj_in.*")
 
 
 class NoAdapter:
@@ -99,66 +87,6 @@ class NoAdapter:
     def published_alone(self) -> bool:
         """Whether a run publishes the adapter alone (`publish`), in place of a pipeline."""
         return False
-
-
-class BitFit(NoAdapter):
-    """Trains the biases (Zaken et al. 2022)."""
-
-    def eligible(self, name: str) -> bool:
-        return _is_bias(name)
-
-
-class Scale(nn.Module):
-    """A factor on a weight, one at first."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones((), device=device))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.scale
-
-
-class DiffFit(NoAdapter):
-    """Trains biases, gains of norms, condition embeddings, and scales of attention and feed-forward (Xie et al. 2023).
-
-    A scale is a parametrization of the output layer's weight and bias (one factor for both, so that it scales the
-    output), and so merges away without a rounding of its own.
-    """
-
-    def prepare(self, model: nn.Module, seed: int) -> None:
-        self.embeddings = self.section.embeddings
-        if self.embeddings is None:
-            self.embeddings = EMBEDDINGS + (INPUT_LAYERS if _concatenates(model) else ())
-        else:
-            _match(self.embeddings, [name for name, _ in model.named_parameters()], "blocks.adapter.embeddings")
-        self.gains = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if "Norm" in type(module).__name__ and getattr(getattr(module, "weight", None), "ndim", 0) == 1
-        }
-        outputs = {_output(part) for part in _parts(model)}
-        for layer in filter(None, outputs):
-            scale = Scale(layer.weight.device)
-            for name in ("weight", "bias"):
-                if getattr(layer, name) is not None:
-                    parametrize.register_parametrization(layer, name, scale)
-
-    def eligible(self, name: str) -> bool:
-        return (
-            _is_bias(name)
-            or name in self.gains
-            or re.search(r"\.parametrizations\..*\.scale$", name) is not None
-            or matches(name, self.embeddings)
-        )
-
-    def merged(self, model: nn.Module) -> nn.Module:
-        model = copy.deepcopy(model)
-        for name, layer in list(model.named_modules()):
-            if parametrize.is_parametrized(layer):
-                # remove_parametrizations would change the layer's class, which copies of the model have in common
-                model.set_submodule(name, _unparametrized(layer))
-        return model
 
 
 class Beside(NoAdapter):
@@ -254,24 +182,6 @@ class QLora(Lora):
     in_4_bits = True
 
 
-def _unparametrized(layer: nn.Linear) -> nn.Linear:
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    for name in ("weight", "bias"):
-        value = getattr(layer, name)
-        plain.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
-    return plain.train(layer.training)
-
-
-def _is_bias(name: str) -> bool:
-    return name.endswith((".bias", ".parametrizations.bias.original"))
-
-
-def _concatenates(model: nn.Module) -> bool:
-    """Whether a condition enters with the noisy sample, as channels that do not come out again."""
-    config = model.config
-    return (config.get("in_channels") or 0) > (config.get("out_channels") or config.get("in_channels") or 0)
-
-
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The blocks of a model by path; where they are no stack, as in video UNets, its transformer blocks."""
     try:
@@ -284,7 +194,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, model.get_submodule(path)) for block in stack.blocks for path in block.paths]
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
+def parts(model: nn.Module) -> Iterator[nn.Module]:
     """The attention and feed-forward modules of all blocks, the outermost ones."""
     for _, block in _blocks(model):
         inside: set[nn.Module] = set()
@@ -294,27 +204,21 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def _output(part: nn.Module) -> nn.Linear | None:
-    """The linear layer that an attention or feed-forward module ends with; None: it has none."""
-    layers = [module for module in getattr(part, "to_out", part).modules() if isinstance(module, nn.Linear)]
-    return layers[-1] if layers else None
-
-
 def _targets(model: nn.Module, patterns: tuple[str, ...] | None) -> list[str]:
     """Names of the layers that get an update, in the order of the model."""
     if patterns is None:
-        inside = {module for part in _parts(model) for module in part.modules()}
+        inside = {module for part in parts(model) for module in part.modules()}
         inside |= {child for _, block in _blocks(model) for child in block.children()}  # Flux's single blocks
         return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside]
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return _match(
+    return match_names(
         patterns,
         [name for name, module in model.named_modules() if isinstance(module, kinds)],
         "blocks.adapter.targets",
     )
 
 
-def _match(patterns: tuple[str, ...], names: list[str], place: str) -> list[str]:
+def match_names(patterns: tuple[str, ...], names: list[str], place: str) -> list[str]:
     """The names that match any pattern. Raises UserError for a pattern that matches none."""
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):

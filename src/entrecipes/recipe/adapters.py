@@ -46,14 +46,14 @@ class QLoraSection(LoraKeys):
     type: Literal["qlora"] = "qlora"
 
 
-@register("adapter", implementation="entrecipes.blocks.adapters:BitFit", paper="Zaken et al. 2022 (arXiv 2106.10199)")
+@register("adapter", implementation="entrecipes.blocks.difffit:BitFit", paper="Zaken et al. 2022 (arXiv 2106.10199)")
 class BitFitSection(Section):
     """BitFit: train the biases alone."""
 
     type: Literal["bitfit"] = "bitfit"
 
 
-@register("adapter", implementation="entrecipes.blocks.adapters:DiffFit", paper="Xie et al. 2023 (arXiv 2304.06648)")
+@register("adapter", implementation="entrecipes.blocks.difffit:DiffFit", paper="Xie et al. 2023 (arXiv 2304.06648)")
 class DiffFitSection(Section):
     """DiffFit: train biases, gains of norms, condition embeddings, and a new scale after attention and feed-forward."""
 
