@@ -60,6 +60,9 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         temporal_in: Whether the frames attend to each other once at full resolution, before the first level; slow.
         positional: What the attention over frames knows of their order: `none` as published, where only STI's
             convolutions know, or `sinusoidal`.
+        condition_fill: `none` as published: the network sees a given frame at its own place alone; or `nearest`, our own:
+            beside that, every frame sees the nearest given one as it is, and whether it is given itself, so that a
+            network need not learn first to carry pictures from frame to frame.
         timestep_scale: Factor on the timestep before its sines and cosines, which are made for 0 to 1000: 1 for VP and
             flow schedulers; 100 suits EDM, whose log(sigma) / 4 spans less than three units.
 
@@ -90,6 +93,7 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         detail_channels: int = 32,
         temporal_in: bool = True,
         positional: str = "none",
+        condition_fill: str = "none",
         timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -115,7 +119,8 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             for width in text_channels or ()
         )
         self.condition_projection = ConditionProjection(in_channels * patch)
-        self.conv_in = nn.Conv2d(2 * in_channels * patch, widths[0], 3, padding=1)
+        seen = 2 * in_channels * patch + (condition_fill == "nearest") * (in_channels * patch + 1)
+        self.conv_in = nn.Conv2d(seen, widths[0], 3, padding=1)
         heads = few_heads(widths[0])
         self.transformer_in = layout.temporal_transformer(widths[0], heads) if temporal_in else None
         self._add_stages(layout)
@@ -148,6 +153,7 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ("temporal_layer", ("sti", "conv")),
             ("fusion", ("scalar", "mlp")),
             ("positional", ("none", "sinusoidal")),
+            ("condition_fill", ("none", "nearest")),
         ):
             if config[key] not in known:
                 raise ValueError(f"{key} '{config[key]}': give {' or '.join(known)}")
@@ -183,9 +189,12 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep = torch.as_tensor(timestep, device=sample.device).expand(count)
         time = self.time_embedding(self.time_proj(timestep).to(sample.dtype)).repeat_interleave(num_frames, 0)
         text = self._text(encoder_hidden_states, sample)
-        given = self._frames(torch.zeros_like(sample) if condition is None else condition)
-        given = self.condition_projection(given, num_frames)
-        hidden = self.conv_in(torch.cat([self._frames(sample), given], 1))
+        condition = torch.zeros_like(sample) if condition is None else condition
+        inputs = [self._frames(sample), self.condition_projection(self._frames(condition), num_frames)]
+        if self.config.condition_fill == "nearest":
+            nearest, given = nearest_given(condition)
+            inputs += [self._frames(nearest), given.flatten()[:, None, None, None].expand_as(inputs[0][:, :1])]
+        hidden = self.conv_in(torch.cat(inputs, 1))
         if self.transformer_in is not None:
             hidden = self.transformer_in(hidden, num_frames=num_frames, return_dict=False)[0]
         hidden = self._through_stages(hidden, time, text, num_frames)
@@ -238,6 +247,20 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             for project, part, width in zip(self.text_projection, text.split(list(tokens), 1), channels, strict=True)
         ]
         return torch.cat(projected, 1)
+
+
+def nearest_given(condition: Tensor) -> tuple[Tensor, Tensor]:
+    """What `condition_fill: nearest` shows of given frames [n, C, F, h, w], zeros elsewhere.
+
+    Returns:
+        For every frame the nearest given one (of two the earlier; zeros where none is given), of the same shape, and 1
+        where it is given itself, [n, F].
+    """
+    given = condition.abs().amax(dim=(1, 3, 4)) > 0
+    place = torch.arange(condition.shape[2], device=condition.device)
+    distance = (place[:, None] - place).abs() + len(place) * ~given[:, None]
+    nearest = distance.argmin(-1)[:, None, :, None, None].expand_as(condition)
+    return condition.gather(2, nearest), given.to(condition.dtype)
 
 
 # diffusers writes the module that a class says it lives in into model_index.json, and looks it up there by name.
