@@ -77,7 +77,7 @@ def _asked(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """References uint8 [n, 3, H, W] and pose maps uint8 [n, 3, F, H, W]."""
     if (args.reference is None) != (args.poses is None):
         raise UserError("--reference and --poses go together: the person, and how to move; or leave out both")
-    if min(args.frames or 1, args.frame_step) < 1:
+    if min(1 if args.frames is None else args.frames, args.frame_step) < 1:
         raise UserError("--frames and --frame-step must be at least 1")
     recipe = own_recipe(args.pipeline, "clips")
     if args.poses is None:

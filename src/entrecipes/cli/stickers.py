@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, pipeline: StickerPipeline, family: Family) -> 
 def _check(args: argparse.Namespace) -> None:
     if args.reference or args.poses or args.frame_step != 1:
         raise UserError("--reference, --poses, --frame-step: this pipeline takes no poses; give --frame, or --prompt")
-    if min(args.frames or 1, args.fps or 1) <= 0:
+    if any(number is not None and number <= 0 for number in (args.frames, args.fps)):
         raise UserError("--frames and --fps must be above 0")
     if args.transparent and args.output.suffix not in SEE_THROUGH:
         raise UserError(f"--transparent: {args.output} can't be; name it {', '.join(SEE_THROUGH)}")
