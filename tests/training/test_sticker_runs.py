@@ -112,10 +112,12 @@ BASE = [
     "training={images: 16}",
     "pipeline={build: {model: {class: UNet2DModel}, scheduler: {class: EDMEulerScheduler}}}",
 ]
+CLIPS = ["data={type: stickers}", "pipeline={build: {model: {class: DFGNModel}, scheduler: {class: DDIMScheduler}}}"]
 WRONG = {
     "masks.type: 'dual' is for stickers": ["masks={type: dual}"],
     "'adaptive' chooses among the tasks of masks.type: dual": ["curriculum={type: adaptive}"],
     "'simda' is for models of stickers": ["blocks={type: all, adapter: {type: simda}}"],
+    "training.label_dropout: stickers have no labels": [*CLIPS, "training.label_dropout=0.1"],
 }
 
 

@@ -146,6 +146,8 @@ class Recipe(Section):
             problems.append(f"curriculum.type: '{self.curriculum.type}' has one task in masks.tasks; take none")
         if stickers and self.training.channels_last:
             problems.append("training.channels_last: clips have five dimensions; leave it out")
+        if stickers and self.training.label_dropout:
+            problems.append("training.label_dropout: stickers have no labels; masks.type: dual drops their texts")
         if build and build.text and not stickers:
             problems.append("pipeline.build.text: only a DFGNModel follows texts; leave it out")
         if self.blocks.adapter.type in ("simda", "i2v_adapter") and not stickers:
