@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.recipe, args.overrides)
     if (args.timed or args.json or args.meta) and not args.dry_run:
         raise UserError("--timed, --json and --meta are of --dry-run; a run itself says everything in metrics.jsonl")
-    if args.accelerate:
+    if args.accelerate and not args.meta:
         return _through_accelerate(args)
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes one
     for warning in loaded.warnings if speaks else ():
