@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from entrecipes.data.images import why_unreadable
 from entrecipes.data.stickers import open_stickers, read_clip
 from entrecipes.errors import UserError
+from entrecipes.models.sticker_io import save_animation
 
 SIZE = 64
 """Side, in pixels, at which a sticker is shown at least."""
@@ -49,9 +51,9 @@ class StickerInspection:
     page: tuple[Image.Image, ...]
     """The same stickers in motion, one picture a frame."""
 
-    def save_page(self, path: str) -> None:
+    def save_page(self, path: str | Path) -> None:
         """Write the moving page as a GIF."""
-        self.page[0].save(path, save_all=True, append_images=self.page[1:], duration=1000 // FPS, loop=0)
+        save_animation(self.page, path, FPS)
 
 
 def inspect_stickers(name: str, *, count: int = 48, seed: int = 0) -> StickerInspection:

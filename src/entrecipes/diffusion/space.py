@@ -80,13 +80,21 @@ def clip_parts(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return batch[:, :, :frames], batch[:, :, frames:-1], batch[:, :, -1]
 
 
-class ClipSpace(Space):
+class _Clips:
+    """How clips are looked at."""
+
+    columns = 1
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
+        return film_strips(samples)
+
+
+class ClipSpace(_Clips, Space):
     """x0 is a clip of pixels in [-1, 1]; the condition are its pose maps and a reference image of the person.
 
     A data set holds all three as uint8 [n, 3, 2F + 1, H, W]: F frames, F pose maps and the reference.
     """
-
-    columns = 1
 
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
         """uint8 [n, 3, 2F + 1, H, W] -> x0 [n, 3, F, H, W]; `normal` is not used."""
@@ -96,10 +104,6 @@ class ClipSpace(Space):
         """uint8 [n, 3, 2F + 1, H, W] -> pose maps and, on every frame, the reference: [n, 6, F, H, W] in [-1, 1]."""
         _, poses, reference = clip_parts(batch)
         return _signed(torch.cat([poses, reference[:, :, None].expand_as(poses)], dim=1))
-
-    def pictures(self, samples: Tensor) -> Tensor:
-        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
-        return film_strips(samples)
 
 
 class LatentClipSpace(ClipSpace):
@@ -125,24 +129,12 @@ class LatentClipSpace(ClipSpace):
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
 
-class StickerSpace(PixelSpace):
+class StickerSpace(_Clips, PixelSpace):
     """x0 is a clip of pixels in [-1, 1], uint8 [n, 3, F, H, W] in the data set."""
 
-    columns = 1
 
-    def pictures(self, samples: Tensor) -> Tensor:
-        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
-        return film_strips(samples)
-
-
-class LatentStickerSpace(LatentSpace):
+class LatentStickerSpace(_Clips, LatentSpace):
     """x0 is a clip in the latents of an image VAE, frame by frame [n, C, F, h, w]."""
-
-    columns = 1
-
-    def pictures(self, samples: Tensor) -> Tensor:
-        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
-        return film_strips(samples)
 
 
 def film_strips(clips: Tensor) -> Tensor:
