@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from entrecipes import DFGNModel
+from entrecipes.models.dfgn import nearest_given
 from entrecipes.models.sti import STILayer, TimeConv
 
 TINY = {
@@ -269,3 +270,11 @@ def test_wrong_configurations_are_named(changes: dict, message: str) -> None:
 def test_sides_that_cannot_be_halved_are_named() -> None:
     with pytest.raises(ValueError, match="multiples of 4, not 6 x 8"):
         tiny(patch_size=2)(torch.zeros(1, 3, 2, 6, 8), 0.0)
+
+
+def test_every_frame_sees_the_nearest_given_one_if_asked() -> None:
+    frames = torch.randn(2, 3, 5, 4, 4)
+    given = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    nearest, flags = nearest_given(frames * given[:, None, :, None, None])
+    assert torch.equal(nearest[0], frames[0][:, [1, 1, 1, 4, 4]]) and not nearest[1].any()
+    assert torch.equal(flags.bool(), given)

@@ -60,7 +60,7 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         temporal_in: Whether the frames attend to each other once at full resolution, before the first level; slow.
         positional: What the attention over frames knows of their order: `none` as published, where only STI's
             convolutions know, or `sinusoidal`.
-        condition_fill: `none` as published: the network sees a given frame at its own place alone; or `nearest`, our own:
+        condition_fill: `none` as published: the network sees a given frame at its own place alone; or `nearest`, ours:
             beside that, every frame sees the nearest given one as it is, and whether it is given itself, so that a
             network need not learn first to carry pictures from frame to frame.
         timestep_scale: Factor on the timestep before its sines and cosines, which are made for 0 to 1000: 1 for VP and
