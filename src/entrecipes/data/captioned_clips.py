@@ -37,7 +37,7 @@ def load(section: CaptionedClipsData, *, image_size: int | None = None) -> Split
         UserError: It holds no videos, is not prepared or drawn smaller, a pattern that no video matches, no good
             clips, or more bad ones than `section.max_bad_clips`.
     """
-    noted = facts(Path(section.name))
+    noted = facts(Path(section.name).expanduser())
     source = find_source(noted["name"] if noted else section.name)
     if not source.clips:
         raise UserError(f"data.name: '{section.name}' holds no videos; say data.type: prepared")

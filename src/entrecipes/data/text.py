@@ -161,7 +161,7 @@ def _load(section: TextEncoder, key: str) -> tuple[PreTrainedModel, PreTrainedTo
     source = _minilm(key) if section.id == "minilm" else section.id
     options = {"revision": section.revision, "subfolder": section.subfolder}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right", **options)
         config = transformers.AutoConfig.from_pretrained(source, **options)
         model = _text_class(config).from_pretrained(source, **options, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
