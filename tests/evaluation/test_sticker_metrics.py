@@ -133,3 +133,9 @@ def test_what_is_missing_is_said(measure, real):
         measure(real[:3], ("motion",), real[:3])
     with pytest.raises(UserError, match="2 frames or more"):
         measure(real[:, :, :1], ("consistency",), real[:, :, :1])
+
+
+def test_a_distance_tells_what_held_first_frames_would_get(measure, real):
+    held = real[:, :, :1].expand_as(real).contiguous()
+    found = measure(held, ["fvd"])["fvd_framestats_colours_12"]
+    assert found.value > 0 and found.origin["first_frame_held"] == pytest.approx(found.value, abs=1e-3)
