@@ -139,9 +139,15 @@ class Recipe(Section):
         if masks.type != "none" and not stickers:
             problems.append(f"masks.type: '{masks.type}' is for stickers, not for {self.data.kind}; take none")
         if masks.type == "dual" and stickers and masks.lengths[1] > self.data.frames:
-            problems.append(f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}")
+            problems.append(
+                f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}; lower the first, "
+                "or raise the second"
+            )
         if tasks and masks.type == "none":
-            problems.append(f"curriculum.type: '{self.curriculum.type}' chooses among the tasks of masks.type: dual")
+            problems.append(
+                f"curriculum.type: '{self.curriculum.type}' chooses among the tasks of masks.type: dual; "
+                + ("take that, or none here" if stickers else "take none")
+            )
         if tasks and masks.type == "dual" and len(masks.tasks) == 1:
             problems.append(f"curriculum.type: '{self.curriculum.type}' has one task in masks.tasks; take none")
         if stickers and self.training.channels_last:
