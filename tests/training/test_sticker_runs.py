@@ -118,6 +118,10 @@ WRONG = {
     "'adaptive' chooses among the tasks of masks.type: dual": ["curriculum={type: adaptive}"],
     "'simda' is for models of stickers": ["blocks={type: all, adapter: {type: simda}}"],
     "training.label_dropout: stickers have no labels": [*CLIPS, "training.label_dropout=0.1"],
+    "'given' needs given frames, and evaluation.task t2v has none": [
+        *CLIPS,
+        "evaluation={metrics: [given], reference: held_out, task: t2v}",
+    ],
 }
 
 

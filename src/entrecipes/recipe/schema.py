@@ -140,16 +140,20 @@ class Recipe(Section):
             problems.append(f"masks.type: '{masks.type}' is for stickers, not for {self.data.kind}; take none")
         if masks.type == "dual" and stickers and masks.lengths[1] > self.data.frames:
             problems.append(
-                f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}; lower the first, "
-                "or raise the second"
+                f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}; lower it"
             )
         if tasks and masks.type == "none":
+            other = "take that, or curriculum.type: none" if stickers else "take none"
             problems.append(
-                f"curriculum.type: '{self.curriculum.type}' chooses among the tasks of masks.type: dual; "
-                + ("take that, or none here" if stickers else "take none")
+                f"curriculum.type: '{self.curriculum.type}' chooses among the tasks of masks.type: dual; {other}"
             )
         if tasks and masks.type == "dual" and len(masks.tasks) == 1:
             problems.append(f"curriculum.type: '{self.curriculum.type}' has one task in masks.tasks; take none")
+        task = self.evaluation.task
+        if stickers and "given" in self.evaluation.metrics and task in ("t2v", "uncond"):
+            problems.append(
+                f"evaluation.metrics: 'given' needs given frames, and evaluation.task {task} has none; leave it out"
+            )
         if stickers and self.training.channels_last:
             problems.append("training.channels_last: clips have five dimensions; leave it out")
         if stickers and self.training.label_dropout:
