@@ -216,6 +216,8 @@ def test_the_script_tells_what_is_missing(
     [
         ('{"file_name": "a.gif"}', "metadata.jsonl:1: KeyError: 'caption'"),
         ("a.gif: cat", "metadata.jsonl:1: JSONDecode"),
+        ('{"file_name": 3, "caption": "a cat"}', "metadata.jsonl:1: TypeError: both must be text"),
+        ('{"file_name": "a.gif", "caption": null}', "metadata.jsonl:1: TypeError: both must be text"),
     ],
 )
 def test_metadata_that_says_too_little(tmp_path: Path, line: str, message: str) -> None:

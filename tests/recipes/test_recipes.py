@@ -10,11 +10,14 @@ import pytest
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from moving import figures
 from PIL import Image
+from tiny_text import save_tiny_text
 from tiny_video import wan, wan_vae
 
-from entrecipes import PoseVideoPipeline
+from entrecipes import DFGNModel, PoseVideoPipeline, StickerPipeline
 from entrecipes.cli import main
+from entrecipes.data.text import TextEncoders
 from entrecipes.recipe.load import load
+from entrecipes.recipe.pipeline import TextEncoder
 from entrecipes.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,9 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
     vae = AutoencoderKL(3, 3, down, up, [4] * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2)
     vae.save_pretrained(folder / "vae")
+    text = TextEncoders.load([TextEncoder(id=str(save_tiny_text(folder / "text", channels=384)), tokens=5)])
+    model = DFGNModel(**load("stickers/base").recipe.pipeline.build.model.config)
+    StickerPipeline(model, FlowMatchEulerDiscreteScheduler(), **text.components()).save_pretrained(folder / "stickers")
     return folder
 
 
@@ -72,6 +78,8 @@ def embedded(recipe: Recipe, people: Path) -> list[str]:
             *features,
             *measured,
         ]
+    if recipe.data.kind == "stickers":
+        return stickers(recipe, people)
     if recipe.pipeline.pretrained:
         return [*fresh(recipe), "data={type: digits, held_out: 0.1}", "evaluation.features={type: efficientnet_lite0}"]
     if recipe.data.type in ("sequences", "hub_sequences"):
@@ -89,6 +97,23 @@ def embedded(recipe: Recipe, people: Path) -> list[str]:
     return changes
 
 
+def stickers(recipe: Recipe, people: Path) -> list[str]:
+    """The embedded stickers, a text encoder and a base that need no network; a narrow model where it is huge."""
+    config = "pipeline.build.model.config"
+    changes = ["data={type: stickers, max_images: 100}", "evaluation.metrics=[fvd, motion]"]
+    changes += ["evaluation.held_out.images=4", "evaluation.held_out.noise_levels=4"]
+    changes += ["evaluation.video_features={type: frame_statistics}"]
+    if recipe.pipeline.pretrained:
+        return [*changes, f"pipeline.pretrained={people / 'stickers'}"]
+    encoders = [{"id": str(people / "text"), "tokens": 5} for _ in recipe.pipeline.build.text]
+    changes.append(f"pipeline.build.text={json.dumps(encoders)}")
+    if recipe.pipeline.build.vae is None:
+        return changes
+    changes += [f"pipeline.build.vae={people / 'vae'}", f"{config}.sample_size=4", f"{config}.norm_num_groups=4"]
+    changes += [f"{config}.block_out_channels=[8, 8, 8]", f"{config}.attention_levels=[true, true, false]"]
+    return [*changes, f"{config}.text_channels=[384, 384]", f"{config}.text_tokens=[5, 5]"]
+
+
 def fresh(recipe: Recipe) -> list[str]:
     """What puts a new small transformer in the place of a pre-trained one."""
     flow = "sit" in recipe.pipeline.pretrained
@@ -104,6 +129,8 @@ def narrow(recipe: Recipe) -> list[str]:
     """What makes a paper-sized UNet one that steps on a CPU: as deep, but narrow; and a DiT on latents."""
     build, config = recipe.pipeline.build, "pipeline.build.model.config"
     widths = build.model.config.get("block_out_channels", []) if build else []
+    if recipe.data.kind == "stickers":
+        return []
     if build and build.vae:
         small = [
             f"{config}.{key}={n}" for key, n in (("sample_size", 4), ("num_attention_heads", 8), ("num_layers", 4))

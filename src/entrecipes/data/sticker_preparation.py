@@ -132,13 +132,19 @@ def from_folder(folder: Path, license: str) -> Collection:
             f"--folder: {metadata} is not there; write one line a file: "
             '{"file_name": "cat.gif", "caption": "a cat that waves"}'
         )
+    try:
+        text = metadata.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--folder: {metadata} is no UTF-8 text; save it as such") from None
     items, stats = [], []
-    for number, line in enumerate(metadata.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name, caption = entry["file_name"], entry["caption"]
+            if not isinstance(name, str) or not isinstance(caption, str):
+                raise TypeError("both must be text")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--folder: {metadata}:{number}: {type(error).__name__}: {error}; a line is a JSON object "
@@ -146,13 +152,13 @@ def from_folder(folder: Path, license: str) -> Collection:
             ) from None
         path, suffix = folder / name, Path(name).suffix.lower()
         base = str(entry.get("base") or name)
-        items.append(Item(name, path, suffix, str(caption), group=str(entry.get("group") or ""), base=base))
+        items.append(Item(name, path, suffix, caption, group=str(entry.get("group") or ""), base=base))
         stats.append((path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None)
     return Collection(
         items,
         f"Stickers of the folder {folder.resolve().name}.",
         license,
-        repr((str(folder.resolve()), metadata.read_text(), stats)),
+        repr((str(folder.resolve()), text, stats)),
     )
 
 
