@@ -100,7 +100,7 @@ def embedded(recipe: Recipe, people: Path) -> list[str]:
 def stickers(recipe: Recipe, people: Path) -> list[str]:
     """The embedded stickers, a text encoder and a base that need no network; a narrow model where it is huge."""
     config = "pipeline.build.model.config"
-    changes = ["data={type: stickers, max_images: 100}", "evaluation.metrics=[fvd, motion]"]
+    changes = ["data={type: stickers, name: stickers, max_images: 100}", "evaluation.metrics=[fvd, motion]"]
     changes += ["evaluation.held_out.images=4", "evaluation.held_out.noise_levels=4"]
     changes += ["evaluation.video_features={type: frame_statistics}"]
     if recipe.pipeline.pretrained:
