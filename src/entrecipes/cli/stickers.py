@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser._negative_number_matcher = re.compile(r"-\d")  # `-1=last.png` is no option; argparse asks whether it may be
     group.add_argument("--task", choices=TASKS, help="what is asked of held-out clips (default: as the run evaluates)")
     group.add_argument("--frame-guidance-scale", type=float, metavar="SCALE", help="guidance to given frames; 1 is off")
-    group.add_argument("--pin", action="store_true", help="given frames stand in the result pixel for pixel")
+    group.add_argument(
+        "--pin", action="store_true", help="given frames stay pixel for pixel (not in a GIF: 256 colours)"
+    )
     group.add_argument("--transparent", action="store_true", help="no white background (.webp, .apng or .gif)")
     group.add_argument("--fps", type=float, help=f"frames a second (default {FPS:g})")
 

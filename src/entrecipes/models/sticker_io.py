@@ -112,5 +112,5 @@ def _pixels(picture: Any, height: int, width: int) -> Tensor:
     picture = picture.convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        picture = ImageOps.pad(picture, (width, height), Image.Resampling.BICUBIC, "white")  # as stickers are prepared
     return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(picture))[0]

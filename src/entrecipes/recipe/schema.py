@@ -138,9 +138,10 @@ class Recipe(Section):
         problems = []
         if masks.type != "none" and not stickers:
             problems.append(f"masks.type: '{masks.type}' is for stickers, not for {self.data.kind}; take none")
-        if masks.type == "dual" and stickers and masks.lengths[1] > self.data.frames:
+        if masks.type == "dual" and stickers and masks.lengths[1] != self.data.frames:
             problems.append(
-                f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}; lower it"
+                f"masks.lengths: up to {masks.lengths[1]} frames, but data.frames is {self.data.frames}: others do not "
+                f"exist, or would never be trained; set [{min(masks.lengths[0], self.data.frames)}, {self.data.frames}]"
             )
         if tasks and masks.type == "none":
             other = "take that, or curriculum.type: none" if stickers else "take none"
