@@ -238,6 +238,8 @@ def test_a_share_of_the_blocks_from_the_start_is_told(run_folder: Path) -> None:
 
 def test_clips_move_in_card_and_report(run_folder: Path) -> None:
     assert "Film strips" not in write_card(run_folder).read_text() + write_report(run_folder).read_text()
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace('"type": "digits"', '"type": "clips"'))
     frames = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 32), dtype=np.uint8)
     save_grid(frames, run_folder / "samples" / "final.png", columns=1)
     save_moving(frames, run_folder / "samples" / "final.gif")

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from tiny import DIT, EDM, FLOW, SEQUENCE, TEXT, UNET, tiny_recipe
 
+from entrecipes.data.loader import Batch
 from entrecipes.errors import UserError
 from entrecipes.training import checkpoint
 from entrecipes.training.loop import step, train
@@ -139,7 +140,8 @@ def test_labels_are_dropped_once_per_sample_and_only_where_guidance_exists():
     run = Run(tiny_recipe(DIT, FLOW, training={"label_dropout": 0.5, "batch_size": 64}), None)
     run.random.begin(0)
     labels = torch.arange(64) % 10
-    dropped = run.condition(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), labels)
+    images = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
+    dropped = run.condition(images, Batch(images, labels, labels), images.float(), EVERYTHING)
     assert set(dropped[dropped != labels].tolist()) == {1000}
     assert 15 < (dropped == 1000).sum() < 49
     assert all(m.dropout_prob == 0 for m in run.model.modules() if type(m).__name__ == "LabelEmbedding")
