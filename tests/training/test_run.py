@@ -12,6 +12,7 @@ from tiny import DIT, EDM, FLOW, SEQUENCE, TEXT, UNET, tiny_recipe
 
 from entrecipes.data.loader import Batch
 from entrecipes.errors import UserError
+from entrecipes.samples.masks import EVERYTHING
 from entrecipes.training import checkpoint
 from entrecipes.training.loop import step, train
 from entrecipes.training.resume import resume
