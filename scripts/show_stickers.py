@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from entrecipes.diffusion.space import PixelSpace
 from entrecipes.errors import UserError
 from entrecipes.evaluation.side_by_side import beside, under
 from entrecipes.recipe.base import build
@@ -25,12 +26,10 @@ from entrecipes.report.plots import save_grid, save_moving
 def main(runs: list[Path], count: int, output: Path) -> None:
     """Sample `count` clips from each run, as its recipe's evaluation says, and write both pictures."""
     from entrecipes.data.text import TextEncoders, embed
-    from entrecipes.diffusion.asked import Asked
     from entrecipes.diffusion.families import family_of_pipeline
     from entrecipes.diffusion.pipelines import load_pipeline
-    from entrecipes.evaluation.drawing import draw
+    from entrecipes.evaluation.drawing import asked, draw
     from entrecipes.evaluation.generation import generate
-    from entrecipes.recipe.masks import follows_text, given_at
 
     shown: list[Tensor] = []
     for run in runs:
@@ -38,20 +37,18 @@ def main(runs: list[Path], count: int, output: Path) -> None:
         pipeline.set_progress_bar_config(disable=True)
         section = recipe.evaluation
         images = build("data", recipe.data, image_size=pipeline.unet.config.sample_size).held_out
+        images = replace(images, text=embed(images.captions, TextEncoders.of(pipeline)))
         drawn, indices = draw(images, count, section.seed)
-        text = embed([images.captions[i] for i in indices], TextEncoders.of(pipeline))
-        given = torch.tensor(given_at(section.task, drawn.shape[2])).expand(len(drawn), -1)
-        told = torch.full((len(drawn),), follows_text(section.task))
-        asked = Asked.of(drawn.float() / 127.5 - 1, given, text, told)
         samples = generate(
             pipeline,
             family_of_pipeline(pipeline),
-            asked,
+            asked(PixelSpace().encode(drawn), images, indices, section.task),
             len(drawn),
             steps=section.steps,
             guidance_scale=section.guidance_scale,
             seed=section.seed,
             batch_size=section.batch_size,
+            frame_guidance_scale=section.frame_guidance_scale,
         )
         shown += [drawn, samples] if not shown else [samples]
     save_grid(under(*shown), output, columns=1, scale=2)

@@ -227,8 +227,7 @@ def _picture(name: str, size: int, text: str) -> Tensor:
 
 def _side(pipeline: StickerPipeline) -> int:
     """Of the frames that the pipeline makes, in pixels."""
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1) if pipeline.vae else 1
-    return pipeline.unet.config.sample_size * factor
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def _sample(args: argparse.Namespace, pipeline: StickerPipeline, family: Family, wanted: Wanted) -> Tensor:

@@ -49,7 +49,7 @@ class PixelSpace(Space):
     """x0 is the image in [-1, 1]."""
 
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
-        """uint8 images [n, C, H, W] -> float x0 of the same shape; `normal` is not used."""
+        """uint8 images [n, C, H, W], or clips of them, -> float x0 of the same shape; `normal` is not used."""
         return _signed(batch)
 
 
@@ -63,7 +63,7 @@ class LatentSpace(Space):
         self.shift = vae.config.shift_factor or 0.0
 
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
-        """Cached moments [n, 2C, h, w] (mean, std) -> x0 [n, C, h, w]; without `normal`, x0 is the mean."""
+        """Cached moments [n, 2C, ..., h, w] (mean, std) -> x0 [n, C, ..., h, w]; without `normal`, x0 is the mean."""
         mean, std = batch.float().chunk(2, dim=1)
         if normal is not None:
             mean = mean + std * normal(*mean.shape[1:])
@@ -80,21 +80,13 @@ def clip_parts(batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return batch[:, :, :frames], batch[:, :, frames:-1], batch[:, :, -1]
 
 
-class _Clips:
-    """How clips are looked at."""
-
-    columns = 1
-
-    def pictures(self, samples: Tensor) -> Tensor:
-        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
-        return film_strips(samples)
-
-
-class ClipSpace(_Clips, Space):
+class ClipSpace(Space):
     """x0 is a clip of pixels in [-1, 1]; the condition are its pose maps and a reference image of the person.
 
     A data set holds all three as uint8 [n, 3, 2F + 1, H, W]: F frames, F pose maps and the reference.
     """
+
+    columns = 1
 
     def encode(self, batch: Tensor, normal: Normal | None = None) -> Tensor:
         """uint8 [n, 3, 2F + 1, H, W] -> x0 [n, 3, F, H, W]; `normal` is not used."""
@@ -104,6 +96,10 @@ class ClipSpace(_Clips, Space):
         """uint8 [n, 3, 2F + 1, H, W] -> pose maps and, on every frame, the reference: [n, 6, F, H, W] in [-1, 1]."""
         _, poses, reference = clip_parts(batch)
         return _signed(torch.cat([poses, reference[:, :, None].expand_as(poses)], dim=1))
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """Clips uint8 [n, 3, F, H, W] -> film strips [n, 3, H, F * W], one frame beside the other."""
+        return film_strips(samples)
 
 
 class LatentClipSpace(ClipSpace):
@@ -127,14 +123,6 @@ class LatentClipSpace(ClipSpace):
 
     def _normalised(self, latents: Tensor) -> Tensor:
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
-
-
-class StickerSpace(_Clips, PixelSpace):
-    """x0 is a clip of pixels in [-1, 1], uint8 [n, 3, F, H, W] in the data set."""
-
-
-class LatentStickerSpace(_Clips, LatentSpace):
-    """x0 is a clip in the latents of an image VAE, frame by frame [n, C, F, h, w]."""
 
 
 def film_strips(clips: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from entrecipes.diffusion.asked import Asked
 from entrecipes.diffusion.family import Condition, Family, as_pixels
-from entrecipes.diffusion.space import LatentStickerSpace, Space, StickerSpace
 from entrecipes.errors import UserError
 from entrecipes.models.sticker import StickerPipeline
 
@@ -53,12 +52,6 @@ class DFGN(Family):
     def as_held(self, output: Any) -> Tensor:
         """Clips uint8 [num_images, 3, F, H, W]."""
         return as_pixels(output.frames.transpose(1, 2))
-
-    def space(self, model: ModelMixin) -> Space:
-        return StickerSpace()
-
-    def latent_space(self, vae: ModelMixin) -> Space:
-        return LatentStickerSpace(vae)
 
     def assemble(self, model: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None) -> DiffusionPipeline:
         return self.pipeline_class(unet=model, scheduler=scheduler, vae=vae)

@@ -225,20 +225,20 @@ class StickerPipeline(DiffusionPipeline):
         return encode_captions(captions, *zip(*pairs, strict=True), self.config.text_tokens)
 
     @property
-    def _factor(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels that a latent stands for, in one direction."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _size(self, height: int | None, width: int | None) -> list[int]:
-        size = [side or self.unet.config.sample_size * self._factor for side in (height, width)]
-        if any(length % self._factor for length in size):
-            raise ValueError(f"height and width {size}: give multiples of {self._factor}")
+        size = [side or self.unet.config.sample_size * self.vae_scale_factor for side in (height, width)]
+        if any(length % self.vae_scale_factor for length in size):
+            raise ValueError(f"height and width {size}: give multiples of {self.vae_scale_factor}")
         return size
 
     def _encode(self, pictures: Tensor, given: Tensor) -> Tensor:
         """Given pictures in the denoiser's space [n, C, F, h, w], zeros at the other places."""
         device, count = self._execution_device, self.unet.config.out_channels
-        height, width = (side // self._factor for side in pictures.shape[-2:])
+        height, width = (side // self.vae_scale_factor for side in pictures.shape[-2:])
         frames = torch.zeros(*given.shape, count, height, width, device=device)
         chosen = pictures.transpose(1, 2)[given].to(device) * 2 - 1
         if not len(chosen):
