@@ -12,6 +12,7 @@ HARMLESS = (
     "data.max_bad_clips",
     "data.on_device",
     "evaluation.",
+    "hub.",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",

@@ -17,8 +17,22 @@ _METRIC_KEYS = ("features", "samples", "reference", "reference_samples")
 def idle_keys(recipe: Recipe) -> dict[str, str]:
     """Dotted keys without effect in this recipe, set or not, each with the reason."""
     return dict(
-        [*_model(recipe), *_blocks(recipe), *_pruning(recipe), *_experts(recipe), *_data(recipe), *_measuring(recipe)]
+        [
+            *_model(recipe),
+            *_blocks(recipe),
+            *_pruning(recipe),
+            *_experts(recipe),
+            *_data(recipe),
+            *_measuring(recipe),
+            *_hub(recipe),
+        ]
     )
+
+
+def _hub(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.hub.repo_id is None:
+        for key in ("private", "revision", "what", "checkpoints"):
+            yield f"hub.{key}", "without hub.repo_id"
 
 
 def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:

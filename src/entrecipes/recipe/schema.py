@@ -12,6 +12,7 @@ from entrecipes.recipe.curriculum import CurriculumSection, NoCurriculumSection,
 from entrecipes.recipe.data import DataSection
 from entrecipes.recipe.evaluation import METRICS, Evaluation
 from entrecipes.recipe.experts import ExpertsSection, MemberSection, OneNetworkSection, TdcSection
+from entrecipes.recipe.hub import Hub
 from entrecipes.recipe.masks import MasksSection, NoMasksSection
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
 from entrecipes.recipe.pipeline import Objective, Pipeline
@@ -53,6 +54,8 @@ class Recipe(Section):
     """The run."""
     evaluation: Evaluation = Evaluation()
     """How the run is measured."""
+    hub: Hub = Hub()
+    """Where the results are pushed to."""
 
     @model_validator(mode="after")
     def _no_idle_keys(self) -> Recipe:
