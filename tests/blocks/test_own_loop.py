@@ -1,4 +1,4 @@
-"""Pruning in one's own loop: tried, taken back, made so; and the README's example as it stands there."""
+"""Pruning in one's own loop: tried, taken back, made so; and the example of docs/pruning.md as it stands there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from entrecipes import apply_pruning, score_blocks
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
 from entrecipes.errors import UserError
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/pruning.md").read_text()
 
 
 @pytest.fixture
@@ -103,11 +103,11 @@ def test_mistakes_change_nothing(pipeline):
         apply_pruning(AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)), [1])
 
 
-def test_the_readmes_example_runs(pipeline, tmp_path, monkeypatch, capsys):
+def test_the_pages_example_runs(pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pipeline.save_pretrained("my-dit")
     torch.save([torch.randn(8, 1, 8, 8), torch.arange(8)], "some-of-my-data.pt")
-    code = README.split("## Prune blocks while training")[1].split("```python\n")[1].split("```")[0]
+    code = PAGE.split("```python\n")[1].split("```")[0]
     names: dict[str, object] = {}
     exec(code, names)
     assert DiTPipeline.from_pretrained("my-smaller-dit").transformer.config.num_layers == 3

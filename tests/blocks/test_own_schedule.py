@@ -1,4 +1,4 @@
-"""Opening blocks in one's own loop, taken off again; and the README's example as it stands there."""
+"""Opening blocks in one's own loop, taken off again; and the example of docs/blocks.md as it stands there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from entrecipes import apply_block_schedule, score_blocks
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
 from entrecipes.errors import UserError
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/blocks.md").read_text()
 IMAGES, BATCH = 96, 4
 
 
@@ -132,11 +132,11 @@ def test_mistakes_are_named(pipeline, case):
         apply_block_schedule(pipeline, IMAGES, loss=lambda: loss(pipeline, 0), **options)
 
 
-def test_the_readmes_example_runs(pipeline, monkeypatch, capsys):
+def test_the_pages_example_runs(pipeline, monkeypatch, capsys):
     monkeypatch.setattr(torch, "load", lambda path: (torch.randn(80, 1, 8, 8), torch.arange(80) % 10))
     monkeypatch.setattr(DiTPipeline, "from_pretrained", lambda path: pipeline)
-    code = README.split("## Open blocks while training")[1].split("```python\n")[1].split("```")[0]
-    exec(code.replace("100_000, 32", "480, 4"), {"__name__": "readme"})
+    code = PAGE.split("```python\n")[1].split("```")[0]
+    exec(code.replace("100_000, 32", "480, 4"), {"__name__": "page"})
     said = capsys.readouterr().out
     assert "stage 1 of 4: " in said and "stage 4 of 4: trains 6 of 6 blocks [0, 1, 2, 3, 4, 5]" in said
     assert all(weight.requires_grad for weight in pipeline.transformer.parameters())

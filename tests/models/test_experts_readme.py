@@ -1,4 +1,4 @@
-"""The README's "Networks sized for their timesteps", as it stands there with a shorter run, and the page of TDC."""
+"""The loop of docs/experts.md, as it stands there with a shorter run, and the page of TDC's recipes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from entrecipes.information.proxies import flops
 from entrecipes.recipe.load import load
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text().split("## Networks sized for their timesteps")[1].split("\n## ")[0]
-LOOP, LOADING = (part.split("```")[0] for part in SECTION.split("```python\n")[1:])
+LOOP, LOADING = (part.split("```")[0] for part in (ROOT / "docs/experts.md").read_text().split("```python\n")[1:])
 LONG = "STEPS, BATCH = 10_000, 64"
 PAGE = (ROOT / "recipes/tdc/README.md").read_text()
 SAMPLING = PAGE.split("## The pipeline\n\n```python\n")[1].split("```")[0]

@@ -1,4 +1,4 @@
-"""The README's "Stickers", as it stands there with a shorter run."""
+"""The sampling and the loop of docs/samples.md, as they stand there with a shorter run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from entrecipes.data.text import TextEncoders
 from entrecipes.recipe.pipeline import TextEncoder
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text().split("## Stickers: which clips, which frames")[1].split("\n## ")[0]
-SAMPLING, LOOP = (part.split("```")[0] for part in SECTION.split("```python\n")[1:])
+SAMPLING, LOOP = (part.split("```")[0] for part in (ROOT / "docs/samples.md").read_text().split("```python\n")[1:])
 LONG = "CLIPS, BATCH = 100_000, 16"
 
 

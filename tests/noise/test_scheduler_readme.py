@@ -1,4 +1,4 @@
-"""The README's "InfoNoise in your own loop", as it stands there with smaller numbers."""
+"""The loop and the sampling of docs/noise.md, as they stand there with smaller numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from scheduler_case import ours
 
 from entrecipes import InfoNoiseScheduler
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-LOOP, SAMPLING = (
-    part.split("```")[0] for part in README.split("## InfoNoise in your own loop")[1].split("```python\n")[1:3]
-)
+PAGE = (Path(__file__).parents[2] / "docs/noise.md").read_text()
+LOOP, SAMPLING = (part.split("```")[0] for part in PAGE.split("```python\n")[1:])
 SMALLER = {
     "SIZE, BATCH, STEPS, SAVE_EVERY = 32, 64, 50_000, 1_000": "SIZE, BATCH, STEPS, SAVE_EVERY = 8, 4, 40, 20",
     "torch.rand(10_000,": "torch.rand(50,",
