@@ -1,4 +1,4 @@
-"""What a published folder needs beside the pipeline itself."""
+"""A pipeline with classes of ours, for people who have entrecipes installed and do not import it."""
 
 from __future__ import annotations
 
