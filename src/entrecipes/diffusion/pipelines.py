@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin, SchedulerMixin, WanPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin, SchedulerMixin
 
 import entrecipes
 from entrecipes.data.text import TextEncoders
 from entrecipes.diffusion import lora, side
 from entrecipes.diffusion.adapter_folder import adapter_folder, read_base
+from entrecipes.diffusion.download import INDEX, fetch
 from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.diffusion.pixel_vae import is_pixel_vae
 from entrecipes.errors import UserError, nearest
 from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.pipeline import Component, Pipeline
+from entrecipes.reference import is_local, reaching, shown, split
 
 
 @dataclass
@@ -107,7 +111,7 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
             family, model = build_model(build.model)
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
-        vae = _from_hub(family.vae_class, build.vae, build.vae_revision) if build.vae else None
+        vae = _load_vae(family.vae_class, build.vae, build.vae_revision) if build.vae else None
         text = TextEncoders.load(build.text) if build.text else None
     if family.kind != "clips" and not isinstance(model.config.sample_size, int):
         raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
@@ -128,7 +132,7 @@ def build_model(section: Component) -> tuple[Family, ModelMixin]:
         UserError: For an unknown class or argument, or a config that the class refuses.
     """
     family = family_of(_known(section.class_name, FAMILIES, "pipeline.build.model.class"))
-    return family, _instantiate(section, "pipeline.build.model")
+    return family, _instantiate(section, "pipeline.build.model", family.own_class)
 
 
 def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline:
@@ -136,15 +140,22 @@ def load_pipeline(source: str, revision: str | None = None) -> DiffusionPipeline
 
     For an adapter that is its base with the adapter on it, as it was trained: not merged, a quantised base quantised.
 
+    Args:
+        source: The folder, or `owner/name` or `owner/name@revision` on the Hub.
+        revision: Branch, tag or commit on the Hub, unless `source` says it.
+
     Raises:
         UserError: When there is none, or it can't be read.
     """
     quieten_loading()
-    if (Path(source) / "pipeline" / "model_index.json").exists():
-        source = str(Path(source) / "pipeline")
-    elif folder := adapter_folder(source):
-        return _with_adapter(folder)
-    return _from_hub(DiffusionPipeline, source, revision)
+    source, revision = split(source, revision)
+    with _told(DiffusionPipeline, source, revision):
+        folder = Path(source) if is_local(source) else fetch(source, revision)
+        if (folder / "pipeline" / INDEX).exists():
+            folder /= "pipeline"
+        elif adapter := adapter_folder(str(folder)):
+            return _with_adapter(adapter)
+        return _class_for(folder).from_pretrained(folder, dtype=torch.float32)
 
 
 def _with_adapter(folder: Path) -> DiffusionPipeline:
@@ -158,55 +169,52 @@ def _with_adapter(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def _from_hub(cls: type, source: str, revision: str | None) -> Any:
-    """`cls.from_pretrained` with errors that say what to do next."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).parent.is_dir()
-    if looks_local and not Path(source).is_dir():
+def _load_vae(cls: type[ModelMixin], source: str, revision: str | None) -> ModelMixin:
+    """From a folder or the Hub, alone or in a pipeline, in float32. Raises UserError."""
+    with _told(cls, source, revision):
+        if (Path(source) / "pipeline" / INDEX).exists():
+            source = str(Path(source) / "pipeline")
+        try:
+            DiffusionPipeline.load_config(source, revision=revision)
+            part = {"subfolder": "vae"}
+        except OSError:
+            part = {}
+        return cls.from_pretrained(source, revision=revision, dtype=torch.float32, **part)
+
+
+@contextmanager
+def _told(cls: type, source: str, revision: str | None) -> Iterator[None]:
+    """What keeps something of that class from being loaded inside becomes a UserError that says what to do next."""
+    local = is_local(source)
+    if local and not Path(source).is_dir():
         name = source.removeprefix("outputs/")
         first = f"run `entrecipes run {name}` first, or " if name != source else ""
         raise UserError(
             f"{source}: no such folder; {first}give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"
         )
     try:
-        if cls is DiffusionPipeline:  # which knows the classes of diffusers only
-            cls, folder = _as_ours(source, revision)
-            return cls.from_pretrained(folder, revision=revision, dtype=torch.float32)
-        return cls.from_pretrained(source, revision=revision, dtype=torch.float32, **_part_of(source, revision))
+        with nullcontext() if local else reaching(source, revision):
+            yield
     except (OSError, ValueError, KeyError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = (
-            "check the folder"
-            if Path(source).is_dir()
-            else "check the id, your network and `hf auth login`, or give a folder"
-        )
-        raise UserError(f"{source}: no {cls.__name__} could be loaded ({first_line}); {advice}") from error
+        advice = "check the folder" if local else "check the id, or give a folder"
+        raise UserError(
+            f"{shown(source, revision)}: no {cls.__name__} could be loaded ({first_line}); {advice}"
+        ) from error
 
 
-def _as_ours(source: str, revision: str | None) -> tuple[type[DiffusionPipeline], str]:
-    """The class that loads a pipeline here, and where from. Raises as `from_pretrained`, and UserError."""
-    index = DiffusionPipeline.load_config(source, revision=revision)
+def _class_for(folder: Path) -> type[DiffusionPipeline]:
+    """The class that loads a pipeline here; `DiffusionPipeline` knows those of diffusers only. Raises UserError."""
+    index = DiffusionPipeline.load_config(folder)
     name = index.get("_class_name")
     if name == "ExpertsPipeline":
-        return entrecipes.ExpertsPipeline, source
+        return entrecipes.ExpertsPipeline
     for family in FAMILIES.values():
-        if name in family.bases:
-            if index.get("transformer_2", [None])[0]:
-                raise UserError(f"{source}: {name} with two transformers is not supported; take one of Wan 2.1")
-            if not Path(source).is_dir():  # all but its text encoder of 11 GB
-                source = WanPipeline.download(source, revision=revision, text_encoder=None, tokenizer=None)
-            return family.pipeline_class, source
-        if name == family.pipeline_class.__name__:
-            return family.pipeline_class, source
-    return DiffusionPipeline, source
-
-
-def _part_of(source: str, revision: str | None) -> dict[str, str]:
-    """Where the VAE lies in a whole pipeline."""
-    try:
-        DiffusionPipeline.load_config(source, revision=revision)
-    except OSError:
-        return {}
-    return {"subfolder": "vae"}
+        if name in family.bases and index.get("transformer_2", [None])[0]:
+            raise UserError(f"{folder}: {name} with two transformers is not supported; take one of Wan 2.1")
+        if name in (*family.bases, family.pipeline_class.__name__):
+            return family.pipeline_class
+    return DiffusionPipeline
 
 
 def _known(name: str, options: Any, key: str) -> str:
@@ -215,9 +223,9 @@ def _known(name: str, options: Any, key: str) -> str:
     return name
 
 
-def _instantiate(component: Component, key: str) -> Any:
+def _instantiate(component: Component, key: str, cls: type | None = None) -> Any:
     """Call a diffusers class, refusing arguments that it would ignore (`from_config` only warns)."""
-    cls = getattr(diffusers, component.class_name, None) or getattr(entrecipes, component.class_name)
+    cls = cls or getattr(diffusers, component.class_name, None) or getattr(entrecipes, component.class_name)
     known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for name in component.config:
         if name not in known:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from entrecipes.errors import UserError, nearest
+from entrecipes.reference import split
 
 
 class Section(BaseModel):
@@ -44,6 +45,21 @@ def check_starts(starts: list[int], what: str) -> None:
     """Raise ValueError unless the images at which `what` begin are in order, the first at 0."""
     if starts[0] != 0 or any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
         raise ValueError(f"{what} must start at 0 and increase in from_images, got {starts}")
+
+
+def splits_revision(name: str, revision: str = "revision") -> Any:
+    """A validator of a section whose key `name` may say `owner/id@revision`: the key `revision` then has that part."""
+
+    def validate(cls: type, values: Any, handler: Callable[[Any], Any]) -> Any:
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            try:
+                found = split(values[name], values.get(revision))
+            except UserError as error:
+                raise ValueError(f"{name}: {error}") from None
+            values = values | {key: value for key, value in zip((name, revision), found, strict=True) if value}
+        return handler(values)
+
+    return model_validator(mode="wrap")(classmethod(validate))
 
 
 @dataclass(frozen=True)

