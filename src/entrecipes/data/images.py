@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from entrecipes.data.shards import LazyTensor
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
 
@@ -40,6 +41,22 @@ def fit_image(image: Image.Image, size: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(np.atleast_3d(np.array(image)).transpose(2, 0, 1))
 
 
+class Rows(Protocol):
+    """Images, or latents, that stay on disk; each is read when asked for (in this process or a loader's worker)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one of them."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int, mirrored: bool = False) -> Tensor:
+        """One of them, as it is or turned left to right. Raises BadImage."""
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        """Only those rows, in that order."""
+
+
 @dataclass(frozen=True)
 class ImageRows:
     """Encoded images in a datasets table, decoded on demand (in this process or a loader's worker).
@@ -55,9 +72,16 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def decode(self, index: int) -> np.ndarray:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return self.channels, self.size, self.size
+
+    def image(self, index: int, mirrored: bool = False) -> Tensor:
         """uint8 [C, H, W]. Raises BadImage."""
-        return decode_cell(self.dataset[int(index)][self.column], f"row {index}", self.size, self.channels)
+        cell = self.dataset[int(index)][self.column]
+        image = torch.from_numpy(decode_cell(cell, f"row {index}", self.size, self.channels))
+        return image.flip(-1) if mirrored else image
 
     def select(self, indices: Sequence[int]) -> ImageRows:
         """Only those rows, in that order."""
@@ -110,14 +134,14 @@ class ImageSet:
         lengths: Stickers only: frames of each clip before its padding, int64 [N]; 1 for a still.
         motion: Stickers only: rank of its motion (mean absolute difference between successive frames) in the set, float
             [N] in [0, 1]; 0 for a still.
-        text: Stickers only: what the text encoders make of the captions, float16 [N, T, D].
+        text: Stickers only: what the text encoders make of the captions, float16 [N, T, D]; of large sets on disk.
         bad_images: Names of unreadable images, left out so far.
         rendered: Clips and stickers only: they are known to be drawn, and show no real person.
         tensor: uint8 [N, C, H, W] in CPU memory; for a latent set float [N, 2C, h, w] (mean and standard deviation);
             for clips uint8 [N, 3, 2F + 1, H, W]: F frames, then their F pose maps, then a reference image; for
             stickers uint8 [N, 3, F, H, W], and their latents float [N, 2C, F, h, w].
         mirrored: Latent sets only: the latents of the mirrored images, same shape.
-        rows: Images on disk, decoded when asked for.
+        rows: Images on disk, decoded when asked for, or latents on disk.
         max_bad_images: How many unreadable images a lazy set may skip.
         num_workers: Decoding processes for a lazy set.
     """
@@ -134,22 +158,27 @@ class ImageSet:
     keypoints: Tensor | None = None
     lengths: Tensor | None = None
     motion: Tensor | None = None
-    text: Tensor | None = None
+    text: Tensor | LazyTensor | None = None
     tensor: Tensor | None = None
     mirrored: Tensor | None = None
-    rows: ImageRows | None = None
+    rows: Rows | None = None
     max_bad_images: int = 0
     num_workers: int = 0
 
     def __len__(self) -> int:
         return len(self.tensor if self.rows is None else self.rows)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image, as the set holds it."""
+        return tuple(self.tensor.shape[1:] if self.rows is None else self.rows.shape)
+
     def image(self, index: int) -> Tensor:
         """uint8 [C, H, W] (latent sets: float moments). Raises UserError when the file can't be read."""
         if self.rows is None:
             return self.tensor[index]
         try:
-            return torch.from_numpy(self.rows.decode(index))
+            return self.rows.image(index)
         except BadImage as error:
             raise UserError(f"{self.name}: can't read {error}. Replace or remove that file.") from None
 
@@ -174,8 +203,10 @@ class ImageSet:
         index = torch.as_tensor(indices, dtype=torch.int64)
         cut = {
             name: None if (value := getattr(self, name)) is None else value[index]
-            for name in ("labels", "keypoints", "lengths", "motion", "text", "tensor", "mirrored")
+            for name in ("labels", "keypoints", "lengths", "motion", "tensor", "mirrored")
         }
+        if self.text is not None:
+            cut["text"] = self.text.select(index) if isinstance(self.text, LazyTensor) else self.text[index]
         return replace(
             self,
             **cut,

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from entrecipes.data.images import BadImage, ImageSet, check_bad_images
-from entrecipes.data.places import atomic_folder, home
+from entrecipes.data.making import Making
+from entrecipes.data.places import home
+from entrecipes.data.shards import LazyTensor, Shards
+from entrecipes.data.tables import IN_MEMORY_BYTES
 from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
+
+OnDevice = Literal["auto", "always", "never"]
 
 
 def cache_latents(
@@ -32,24 +35,32 @@ def cache_latents(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     flip: bool = False,
+    on_device: OnDevice = "auto",
+    thorough: bool = False,
 ) -> ImageSet:
     """The set with every image (or clip) replaced by its posterior under a frozen VAE.
 
-    The result's `tensor` is [N, 2C, h, w] in `dtype`: mean, then standard deviation, before the VAE's scaling factor
-    and shift; with `flip`, `mirrored` holds those of the mirrored images. Of clips it is [N, 4C, F', h, w]: mean and
-    standard deviation of the frames, then the latents (modes) of the pose maps and of a video that shows the reference
-    on every frame. Of stickers it is [N, 2C, F, h, w], frame by frame. The file is keyed by the set's fingerprint
-    (pixels and resizing), `vae_id`, the VAE's weights and their dtype, `dtype` and `flip`; whether it was found is
-    logged with its path.
+    The result holds moments [N, 2C, h, w] in `dtype`: mean, then standard deviation, before the VAE's scaling factor
+    and shift; with `flip` also those of the mirrored images. Of clips they are [N, 4C, F', h, w]: mean and standard
+    deviation of the frames, then the latents (modes) of the pose maps and of a video that shows the reference on every
+    frame. Of stickers they are [N, 2C, F, h, w], frame by frame. They are in `tensor` and `mirrored`, or, where they
+    stay on disk, behind `rows`.
+
+    The shards (see `data.making`) are keyed by the set's fingerprint (pixels and resizing), `vae_id`, the VAE's weights
+    and their dtype, `dtype` and `flip`; whether they were found is logged with their path.
 
     Args:
         image_set: uint8 images whose channels the VAE takes.
         vae: On any device; it computes where and how its weights are, after a move to `device`.
         vae_id: Hub id or folder, with its revision if it has one: for the log and the key.
         batch_size: Images encoded at a time.
+        on_device: `always` reads them into memory, `never` leaves them on disk, `auto` reads those that fit in
+            `tables.IN_MEMORY_BYTES`.
+        thorough: Look for damage in what is there already by its content, not only by its length.
 
     Raises:
-        UserError: When more than `max_bad_images` images of a lazy set can't be read, or the set is streamed.
+        UserError: When more than `max_bad_images` images of a lazy set can't be read, the set is streamed, or the disk
+            is full.
     """
     if not isinstance(image_set, ImageSet):
         raise UserError("data.streaming: a model behind a VAE trains on cached latents; set data.streaming: false.")
@@ -57,55 +68,86 @@ def cache_latents(
     weights = [(name, tensor) for name, tensor in sorted(vae.state_dict().items())]
     key = fingerprint(image_set.fingerprint, vae_id, str(dtype), flip, *(part for pair in weights for part in pair))
     folder = home() / "latents" / key
-    cached = _read(folder)
-    if cached is None:
+    shards = Shards.open(folder, thorough=thorough)
+    if shards is None:
         logger.info("latent cache miss: encoding %d images of %s with %s", len(image_set), image_set.name, vae_id)
-        stored, bad = _encode(image_set, vae, dtype, batch_size, flip)
-        with atomic_folder(folder, keep_existing=True) as scratch:
-            save_file(stored, scratch / "latents.safetensors", metadata={"bad": json.dumps(bad)})
-        logger.info("latents kept at %s", folder)
+        shards = _making(image_set, vae, vae_id, dtype, batch_size, flip, folder, thorough).run()
+        logger.info("latents kept at %s", shards)
     else:
-        stored, bad = cached
-        image_set.bad_images.extend(name for name in bad if name not in image_set.bad_images)
-        check_bad_images(bad, image_set.max_bad_images, image_set.name)
-        logger.info("latent cache hit: %d images of %s at %s", len(stored["plain"]), image_set.name, folder)
-    kept = stored["kept"]
-    kept_set = image_set if len(kept) == len(image_set) else image_set.subset(kept)
-    return replace(
-        kept_set, tensor=stored["plain"], mirrored=stored.get("mirrored"), rows=None, num_workers=0, fingerprint=key
-    )
+        logger.info("latent cache hit: %d images of %s at %s", len(shards), image_set.name, shards)
+    bad = shards.bad
+    image_set.bad_images.extend(name for name in bad.values() if name not in image_set.bad_images)
+    check_bad_images(list(bad.values()), image_set.max_bad_images, image_set.name)
+    kept = image_set.subset([i for i in range(len(image_set)) if i not in bad]) if bad else image_set
+    if on_device == "never" or (on_device == "auto" and shards.bytes > IN_MEMORY_BYTES):
+        rows = LatentRows(shards.lazy("plain"), shards.lazy("mirrored"))
+        return replace(kept, tensor=None, mirrored=None, rows=rows, fingerprint=key)
+    plain, mirrored = shards.read("plain"), shards.read("mirrored")
+    return replace(kept, tensor=plain, mirrored=mirrored, rows=None, num_workers=0, fingerprint=key)
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], list[str]] | None:
-    """What `_encode` gave an earlier run; a damaged file is removed and counts as none."""
-    path = folder / "latents.safetensors"
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["bad"])
-    except SafetensorError:
-        logger.warning("the latent cache %s is damaged and made anew", path)
-        path.unlink()
-        folder.rmdir()
-        return None
+def _making(
+    image_set: ImageSet,
+    vae: AutoencoderKL | AutoencoderKLWan,
+    vae_id: str,
+    dtype: torch.dtype,
+    batch_size: int,
+    flip: bool,
+    folder: Path,
+    thorough: bool,
+) -> Making:
+    """How the shards of a set are made."""
 
-
-@torch.inference_mode()
-def _encode(
-    image_set: ImageSet, vae: AutoencoderKL | AutoencoderKLWan, dtype: torch.dtype, batch_size: int, flip: bool
-) -> tuple[dict[str, Tensor], list[str]]:
-    """({plain, mirrored (with `flip`), kept: indices of the readable images}, names of the others)."""
-    kept: list[int] = []
-    bad: list[str] = []
-    parts: dict[str, list[Tensor]] = {"plain": []} | ({"mirrored": []} if flip else {})
-    for indices, images in _chunks(image_set, batch_size, bad):
-        kept += indices
+    @torch.inference_mode()
+    def encode(images: Tensor) -> dict[str, Tensor]:
         pixels = images.to(vae.device, vae.dtype).div(127.5).sub(1.0)
-        for name, part in parts.items():
-            part.append(_moments(vae, pixels if name == "plain" else pixels.flip(-1)).to("cpu", dtype))
-    stored = {name: torch.cat(part).contiguous() for name, part in parts.items()}
-    return stored | {"kept": torch.tensor(kept)}, bad
+        sides = {"plain": pixels} | ({"mirrored": pixels.flip(-1)} if flip else {})
+        return {name: _moments(vae, side).to("cpu", dtype) for name, side in sides.items()}
+
+    def make(rows: range) -> tuple[dict[str, Tensor], dict[int, str]]:
+        images, bad = read_images(image_set, rows)
+        return encode(images) if len(images) else {}, bad
+
+    def check_bad(bad: dict[int, str]) -> None:
+        names = list(bad.values())
+        image_set.bad_images.extend(name for name in names if name not in image_set.bad_images)
+        check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
+
+    def row_bytes() -> int:
+        return sum(part.nbytes for part in encode(torch.zeros(1, *image_set.shape, dtype=torch.uint8)).values())
+
+    about = {
+        "holds": "plain: latents as mean, then standard deviation, before scaling"
+        + "; mirrored: of the mirrored" * flip,
+        "data": {name: getattr(image_set, name) for name in ("name", "source", "license", "fingerprint")},
+        "vae": {"id": vae_id, "class": type(vae).__name__, "dtype": str(vae.dtype).removeprefix("torch.")},
+        "labels": image_set.label_names,
+    }
+    return Making(folder, len(image_set), batch_size, make, row_bytes, about, check_bad=check_bad, thorough=thorough)
+
+
+@dataclass(frozen=True)
+class LatentRows:
+    """Latents that stay on disk; see `images.Rows`."""
+
+    plain: LazyTensor
+    mirrored: LazyTensor | None
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one image's moments."""
+        return self.plain.shape[1:]
+
+    def image(self, index: int, mirrored: bool = False) -> Tensor:
+        """Moments [2C, ..., h, w]."""
+        return (self.mirrored if mirrored else self.plain)[index]
+
+    def select(self, indices: Sequence[int]) -> LatentRows:
+        """Only those rows, in that order."""
+        return LatentRows(self.plain.select(indices), self.mirrored and self.mirrored.select(indices))
 
 
 def _moments(vae: AutoencoderKL | AutoencoderKLWan, pixels: Tensor) -> Tensor:
@@ -123,20 +165,14 @@ def _moments(vae: AutoencoderKL | AutoencoderKLWan, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.std, *condition], dim=1)
 
 
-def _chunks(image_set: ImageSet, batch_size: int, bad: list[str]) -> Iterator[tuple[list[int], Tensor]]:
-    """(indices, uint8 images) in batches; names of unreadable ones go into `bad`."""
-    for start in range(0, len(image_set), batch_size):
-        chunk = range(start, min(start + batch_size, len(image_set)))
-        if image_set.rows is None:
-            yield list(chunk), image_set.tensor[chunk.start : chunk.stop]
-            continue
-        good = {}
-        for index in chunk:
-            try:
-                good[index] = torch.from_numpy(image_set.rows.decode(index))
-            except BadImage as error:
-                bad.append(str(error))
-        image_set.bad_images.extend(name for name in bad if name not in image_set.bad_images)
-        check_bad_images(bad, image_set.max_bad_images, image_set.name)
-        if good:
-            yield list(good), torch.stack(list(good.values()))
+def read_images(image_set: ImageSet, rows: range) -> tuple[Tensor, dict[int, str]]:
+    """(uint8 images [n, ...] of those that can be read, {index: name and reason of each other one})."""
+    if image_set.rows is None:
+        return image_set.tensor[rows.start : rows.stop], {}
+    images, bad = [], {}
+    for index in rows:
+        try:
+            images.append(image_set.rows.image(index))
+        except BadImage as error:
+            bad[index] = str(error)
+    return torch.stack(images) if images else torch.empty(0), bad

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from entrecipes.data.images import BadImage, ImageRows, ImageSet, check_bad_images
+from entrecipes.data.images import BadImage, ImageSet, Rows, check_bad_images
+from entrecipes.data.shards import LazyTensor
 from entrecipes.data.stream import IterableImageSet, stream_batches
 from entrecipes.errors import UserError
 
@@ -142,11 +143,9 @@ def _from_memory(image_set: ImageSet, order: Order, starts: _Starts, share: int,
         raise ValueError("latents can't be mirrored: cache them with flip=True")
     images = image_set.tensor.to(order.device)
     flipped = image_set.mirrored.to(order.device) if flip and image_set.mirrored is not None else None
-    beside = {
-        name: value.to(order.device)
-        for name in ("labels", "lengths", "motion", "text")
-        if (value := getattr(image_set, name)) is not None
-    }
+    beside = {name: value.to(order.device) for name, value in _beside(image_set).items() if isinstance(value, Tensor)}
+    lazy = {name: value for name, value in _beside(image_set).items() if name not in beside}
+    on_host = Order(len(image_set), order.seed) if lazy else None
     for start in starts:
         indices, mirrored = order.at(start, share)
         batch = images.index_select(0, indices)
@@ -155,7 +154,15 @@ def _from_memory(image_set: ImageSet, order: Order, starts: _Starts, share: int,
         elif flip:
             batch = mirror(batch, mirrored)
         chosen = {name: values.index_select(0, indices) for name, values in beside.items()}
+        for name, values in lazy.items():  # rows on disk are asked for without waiting for the device
+            chosen[name] = values[on_host.at(start, share)[0]].to(order.device, non_blocking=True)
         yield Batch(batch, **({"labels": None} | chosen), indices=indices)
+
+
+def _beside(image_set: ImageSet) -> dict[str, Tensor | LazyTensor]:
+    """What a batch carries beside the images."""
+    names = ("labels", "lengths", "motion", "text")
+    return {name: value for name in names if (value := getattr(image_set, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -165,37 +172,37 @@ class _BatchPlan:
     order: Order
     starts: _Starts
     share: int
+    flip: bool
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         for start in self.starts:
             indices, mirrored = self.order.at(start, self.share)
-            yield list(zip(indices.tolist(), mirrored.tolist(), strict=True))
+            yield list(zip(indices.tolist(), (mirrored & self.flip).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class _DecodedRows(Dataset):
-    """Decodes in a worker. An unreadable image is replaced by the next readable one and reported by name: only the main
+class _ReadRows(Dataset):
+    """Reads in a worker. An unreadable image is replaced by the next readable one and reported by name: only the main
     process sees all workers' reports, so it is the one that counts."""
 
-    rows: ImageRows
-    labels: Tensor | None
+    rows: Rows
     max_bad_images: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, drawn: tuple[int, bool]) -> tuple[Tensor, int, int, bool, list[str]]:
+    def __getitem__(self, drawn: tuple[int, bool]) -> tuple[Tensor, int, int, list[str]]:
         index, mirrored = drawn
         bad: list[str] = []
-        image = np.zeros((self.rows.channels, self.rows.size, self.rows.size), np.uint8)
+        image, used = torch.zeros(self.rows.shape, dtype=torch.uint8), index
         for step in range(min(self.max_bad_images + 1, len(self.rows))):
             used = (index + step) % len(self.rows)
             try:
-                image = self.rows.decode(used)
+                image = self.rows.image(used, mirrored)
                 break
             except BadImage as error:
                 bad.append(str(error))
-        return torch.tensor(image), -1 if self.labels is None else int(self.labels[used]), index, mirrored, bad
+        return image, used, index, bad
 
 
 def _collate(samples: list[tuple]) -> tuple[list[Tensor], list[str]]:
@@ -206,19 +213,20 @@ def _from_files(
     image_set: ImageSet, order: Order, starts: _Starts, share: int, flip: bool, num_workers: int, device: torch.device
 ) -> Iterator[Batch]:
     loader = DataLoader(
-        _DecodedRows(image_set.rows, image_set.labels, image_set.max_bad_images),
-        batch_sampler=_BatchPlan(order, starts, share),
+        _ReadRows(image_set.rows, image_set.max_bad_images),
+        batch_sampler=_BatchPlan(order, starts, share, flip),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # its own: by default a DataLoader draws from the global random state
     )
-    for (images, labels, indices, mirrored), bad in loader:
+    for (images, used, indices), bad in loader:
         image_set.bad_images.extend(name for name in dict.fromkeys(bad) if name not in image_set.bad_images)
         check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
-        images, labels, indices, mirrored = _move((images, labels, indices, mirrored), device)
-        yield Batch(mirror(images, mirrored) if flip else images, None if image_set.labels is None else labels, indices)
+        beside = {name: values[used] for name, values in _beside(image_set).items()}
+        images, indices, *values = _move((images, indices, *beside.values()), device)
+        yield Batch(images, **({"labels": None} | dict(zip(beside, values, strict=True))), indices=indices)
 
 
 def _move(tensors: tuple[Tensor | None, ...], device: torch.device) -> list[Tensor | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-from entrecipes.data.places import atomic_folder, home
+from entrecipes.data.making import Making
+from entrecipes.data.places import home
+from entrecipes.data.shards import LazyTensor, Shards
+from entrecipes.data.tables import IN_MEMORY_BYTES
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
 from entrecipes.models.sticker_io import encode_captions
@@ -27,6 +29,7 @@ from entrecipes.recipe.pipeline import TextEncoder
 
 logger = logging.getLogger(__name__)
 KEY = "pipeline.build.text"
+CAPTIONS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,26 @@ class TextEncoders:
             parts |= {f"text_encoder{suffix}": model, f"tokenizer{suffix}": tokenizer}
         return parts
 
-    def encode(self, captions: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 64) -> Tensor:
+    def encode(
+        self, captions: Sequence[str], device: torch.device | str = "cpu", batch_size: int = CAPTIONS_AT_A_TIME
+    ) -> Tensor:
         """Last hidden states of the captions: float16 [N, T, D] on the CPU, as `encode_captions` gives them.
 
-        The encoders work on `device` and go back to where they were.
+        The encoders work on `device` (None: where they are) and go back to where they were.
         """
-        homes = [model.device for model in self.models]
-        try:
-            for model in self.models:
-                model.to(device)
+        with self._on(device):
             batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
             return torch.cat(
                 [encode_captions(batch, self.models, self.tokenizers, self.tokens).cpu() for batch in batches]
             )
+
+    @contextmanager
+    def _on(self, device: torch.device | str | None) -> Iterator[None]:
+        homes = [model.device for model in self.models]
+        try:
+            for model in self.models:
+                model.to(device or model.device)
+            yield
         finally:
             for model, place in zip(self.models, homes, strict=True):
                 model.to(place)
@@ -111,16 +121,31 @@ class TextEncoders:
         return fingerprint(*parts)
 
 
-def embed(captions: Sequence[str], encoders: TextEncoders, device: torch.device | str = "cpu") -> Tensor:
+def embed(
+    captions: Sequence[str],
+    encoders: TextEncoders,
+    device: torch.device | str = "cpu",
+    *,
+    about: dict[str, str] | None = None,
+    lazy: bool = False,
+    thorough: bool = False,
+) -> Tensor | LazyTensor:
     """Token embeddings of the captions, float16 [N, T, D] on the CPU: from the cache, or encoded and kept there.
 
-    Each caption is encoded once. A file holds what the different captions of one call gave; it is keyed by them, how
-    they were tokenized and the encoders' weights, and whether it was found is logged with its path.
+    Each caption is encoded once. The shards (see `data.making`) hold what the different captions of one call gave; they
+    are keyed by them, how they were tokenized and the encoders' weights, and whether they were found is logged with
+    their path.
 
     Args:
         captions: Texts; an empty one gives zeros.
         encoders: On any device.
         device: Where they work.
+        about: Written beside the shards: where the captions come from, and their licence.
+        lazy: Leave those on disk that do not fit in `tables.IN_MEMORY_BYTES`.
+        thorough: Look for damage in what is there already by its content, not only by its length.
+
+    Raises:
+        UserError: When the disk is full.
     """
     different = sorted(set(captions))
     numbers = {caption: number for number, caption in enumerate(different)}
@@ -129,30 +154,28 @@ def embed(captions: Sequence[str], encoders: TextEncoders, device: torch.device 
         for tokenizer, length in zip(encoders.tokenizers, encoders.tokens, strict=True)
     ]
     folder = home() / "text" / fingerprint(different, words, encoders.tokens, encoders.fingerprint())
-    stored = _read(folder)
-    if stored is None:
+    shards = Shards.open(folder, thorough=thorough)
+    if shards is None:
         logger.info("text cache miss: encoding %d captions with %s", len(different), encoders.id)
-        stored = encoders.encode(different, device)
-        with atomic_folder(folder, keep_existing=True) as scratch:
-            save_file({"text": stored}, scratch / "text.safetensors")
-        logger.info("text embeddings kept at %s", folder)
+        making = Making(
+            folder,
+            len(different),
+            CAPTIONS_AT_A_TIME,
+            lambda rows: ({"text": encoders.encode(different[rows.start : rows.stop])}, {}),
+            lambda: 2 * sum(encoders.tokens) * max(encoders.channels),
+            {"holds": "text: last hidden states of captions, sorted", "encoders": encoders.id, "data": about},
+            what="captions",
+            thorough=thorough,
+        )
+        with encoders._on(device):
+            shards = making.run()
+        logger.info("text embeddings kept at %s", shards)
     else:
-        logger.info("text cache hit: %d captions at %s", len(different), folder)
-    return stored[[numbers[caption] for caption in captions]]
-
-
-def _read(folder: Path) -> Tensor | None:
-    """What an earlier run kept; a damaged file is removed and counts as none."""
-    path = folder / "text.safetensors"
-    if not path.exists():
-        return None
-    try:
-        return load_file(path)["text"]
-    except SafetensorError:
-        logger.warning("the text cache %s is damaged and made anew", path)
-        path.unlink()
-        folder.rmdir()
-        return None
+        logger.info("text cache hit: %d captions at %s", len(different), shards)
+    rows = torch.tensor([numbers[caption] for caption in captions])
+    found = shards.lazy("text").select(rows)
+    whole = found.shape.numel() * found.dtype.itemsize
+    return found if lazy and whole > IN_MEMORY_BYTES else shards.read("text")[rows]
 
 
 def _load(section: TextEncoder, key: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
