@@ -13,7 +13,17 @@ from entrecipes.report.run_folder import RunFolder
 from entrecipes.report.stickers import draw_sticker_plots
 
 
+DRAWERS = (
+    draw_plots,
+    draw_noise_plots,
+    draw_sticker_plots,
+    draw_prune_plots,
+    draw_block_schedule_plots,
+    draw_expert_plots,
+)
+"""Each draws what it knows of into `folder.assets`; returns `{name: path}`."""
+
+
 def draw_assets(folder: RunFolder) -> dict[str, Path]:
     """Draw whatever the run has logged so far into its `assets/`; returns `{name: path}`."""
-    drawn = draw_plots(folder) | draw_noise_plots(folder) | draw_sticker_plots(folder)
-    return drawn | draw_prune_plots(folder) | draw_block_schedule_plots(folder) | draw_expert_plots(folder)
+    return {name: path for drawer in DRAWERS for name, path in drawer(folder).items()}

@@ -27,7 +27,7 @@ DASHED = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 2))}
 def draw_block_schedule_plots(folder: RunFolder) -> dict[str, Path]:
     """Draw what there is to see into the run's `assets/`; returns `{name: path}`, empty where nothing changed."""
     run = BlockRun(folder)
-    assets, compared = folder.path / "assets", [found for found in run.compared if found.ended]
+    assets, compared = folder.assets, [found for found in run.compared if found.ended]
     plots = {}
     if run.progressive:
         blocks = run.spans[-1].blocks["blocks"]

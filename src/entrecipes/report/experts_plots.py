@@ -27,7 +27,7 @@ def draw_expert_plots(folder: RunFolder) -> dict[str, Path]:
     run = experts(folder)
     if run is None:
         return {}
-    assets, units = folder.path / "assets", run.plan.get("units", ())
+    assets, units = folder.assets, run.plan.get("units", ())
     found = {"expert_groups": draw(assets / "expert_groups.png", plot_groups, run, panels=2, height=4.4)}
     if units and all("kept" in group for group in run.groups):
         height = 1.4 + min(9.0, max(1.5, 0.17 * len(units)))

@@ -36,7 +36,7 @@ def draw_noise_plots(folder: RunFolder) -> dict[str, Path]:
         "noise_convergence": (convergence, 2, rows),
     }
     return {
-        name: draw(folder.path / "assets" / f"{name}.png", plot, *arguments, panels=panels, height=4.2)
+        name: draw(folder.assets / f"{name}.png", plot, *arguments, panels=panels, height=4.2)
         for name, (plot, panels, *arguments) in plots.items()
     }
 

@@ -26,7 +26,7 @@ def draw_prune_plots(folder: RunFolder) -> dict[str, Path]:
     run = pruned(folder)
     if run is None:
         return {}
-    path, scored = folder.path / "assets" / "block_map.png", run.score is not None
+    path, scored = folder.assets / "block_map.png", run.score is not None
     height = 1.5 + 0.5 * scored + min(6.5, max(1.8, 0.17 * run.count))
     return {"block_map": draw(path, plot_pruning, run, columns=1 + scored, height=height)}
 

@@ -19,13 +19,15 @@ class RunFolder:
 
     Args:
         path: The folder. A run that is still going on may lack any of its files; each property names the one it needs.
+        assets: Where its pictures are drawn; None: into its `assets/`.
 
     Raises:
         UserError: When there is no such folder.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, assets: Path | None = None) -> None:
         self.path = Path(path)
+        self.assets = assets or self.path / "assets"
         if not self.path.is_dir():
             raise UserError(f"{self.path}: there is no such folder; give the run folder, such as outputs/digits")
 
@@ -99,9 +101,14 @@ class RunFolder:
             except (json.JSONDecodeError, KeyError, TypeError):
                 if number == len(lines):  # no newline at its end: the run was stopped in the middle of writing it
                     break
-                raise self._corrupt("metrics.jsonl", number, "no record with 'kind' and 'images'") from None
+                self._refuse(self._corrupt("metrics.jsonl", number, "no record with 'kind' and 'images'"))
+                continue
             records.append(record)
         return records
+
+    def _refuse(self, damage: UserError) -> None:
+        """What a damaged line of the records means; a reader that passes over it overrides this."""
+        raise damage from None
 
     def _read(self, name: str) -> str:
         path = self.path / name

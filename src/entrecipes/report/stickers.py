@@ -158,7 +158,7 @@ def draw_sticker_plots(folder: RunFolder) -> dict[str, Path]:
     plots = {"task_odds": plot_odds}
     if any(np.isfinite(run.column("nats", task)).any() for task in run.tasks):
         plots["task_nats"] = plot_nats
-    return {name: draw(folder.path / "assets" / f"{name}.png", plot, run, height=3.6) for name, plot in plots.items()}
+    return {name: draw(folder.assets / f"{name}.png", plot, run, height=3.6) for name, plot in plots.items()}
 
 
 def plot_odds(axes: Axes, run: StickerRun) -> None:
