@@ -10,7 +10,7 @@ import torch
 from entrecipes.data.images import ImageSet, Splits
 from entrecipes.data.latents import cache_latents
 from entrecipes.data.stream import IterableImageSet
-from entrecipes.data.text import embed
+from entrecipes.data.text import TextEncoders, embed
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.diffusion.space import Space
 from entrecipes.errors import UserError
@@ -40,19 +40,32 @@ class OpenedData:
     """The shape of one sample as the set holds it; of a clip without its condition."""
 
 
-def open_data(section: Data, components: Components, device: torch.device) -> OpenedData:
-    """Open the data set in the size and the channels that the model takes.
+def open_images(section: Data, components: Components) -> Splits:
+    """The data set itself, in the size and the channels that the model takes.
 
     Raises:
-        UserError: When data and model do not fit (labels, number of classes, channels, size), or the data is bad.
+        UserError: When it holds something else than the model denoises, in another size, or is bad.
     """
-    num_classes = components.family.num_classes(components.model)
     if section.kind != components.family.kind:
         raise UserError(
             f"data.type: {section.type} holds {section.kind}, but a {components.family.model_class} denoises "
             f"{components.family.kind}; take other data or another model"
         )
-    images: Splits = OPENERS[section.kind](section, components)
+    return OPENERS[section.kind](section, components)
+
+
+def open_data(section: Data, components: Components, device: torch.device, *, thorough: bool = False) -> OpenedData:
+    """Open the data set, and encode what the model takes encoded unless that was done before.
+
+    Args:
+        thorough: Look for damage in caches by their content, not only by their length.
+
+    Raises:
+        UserError: When data and model do not fit (labels, number of classes, channels, size), the data is bad, or the
+            disk is full.
+    """
+    num_classes = components.family.num_classes(components.model)
+    images = open_images(section, components)
     if num_classes is None:
         parts = (part and replace(part, labels=None) for part in (images.train, images.held_out))
         images = Splits(*parts)
@@ -64,8 +77,9 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
         if found > num_classes:
             raise UserError(f"data: {images.train.name} has {found} classes, but the model is built for {num_classes}")
     if components.text:
-        parts = (images.train, images.held_out)
-        images = Splits(*(part and replace(part, text=embed(part.captions, components.text, device)) for part in parts))
+        images = Splits(
+            *(part and _with_text(part, components.text, device, thorough) for part in (images.train, images.held_out))
+        )
     if components.vae is None:
         space = components.family.space(components.model)
         return OpenedData(images.train, images.held_out, space, images, found, _sample_shape(images, components))
@@ -82,11 +96,18 @@ def open_data(section: Data, components: Components, device: torch.device) -> Op
             batch_size=LATENT_BATCH[section.kind],
             device=device,
             flip=flip,
+            on_device=getattr(section, "on_device", "auto"),
+            thorough=thorough,
         )
         for part, flip in ((images.train, getattr(section, "horizontal_flip", False)), (images.held_out, False))
     )
     space = components.family.latent_space(vae)
     return OpenedData(train, held_out, space, images, found, _sample_shape(images, components))
+
+
+def _with_text(part: ImageSet, encoders: TextEncoders, device: torch.device, thorough: bool) -> ImageSet:
+    about = {"name": part.name, "source": part.source, "license": part.license}
+    return replace(part, text=embed(part.captions, encoders, device, about=about, lazy=True, thorough=thorough))
 
 
 def _open_images(section: ImageData, components: Components) -> Splits:
@@ -150,10 +171,10 @@ def _open_stickers(section: StickerKeys, components: Components) -> Splits:
 
 def _sample_shape(images: Splits, components: Components) -> tuple[int, ...]:
     if components.family.kind == "stickers":
-        return tuple(images.train.tensor.shape[1:])
+        return images.train.shape
     if components.family.kind != "clips":
         return components.sample_shape
-    channels, slices, *size = images.train.tensor.shape[1:]
+    channels, slices, *size = images.train.shape
     return channels, slices // 2, *size
 
 

@@ -71,7 +71,7 @@ def conditions(data: OpenedData, split: str, indices: list[int], task: Task) -> 
     Maps float [n, C, F, H, W], or of stickers what is asked in the task.
     """
     images = getattr(data, split)
-    samples = images.tensor[indices]
+    samples = torch.stack([images.image(index) for index in indices])
     if images.lengths is not None:
         return asked(data.space.encode(samples), images, indices, task)
     return data.space.condition(samples)
