@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,9 +13,17 @@ from tiny_models import build as tiny
 from tiny_models import output
 
 from entrecipes.diffusion import lora
-from entrecipes.diffusion.adapter_folder import adapter_folder, read_base
+from entrecipes.diffusion.adapter_folder import BASE_FILE, adapter_folder, read_base
+from entrecipes.diffusion.quantised import expanded, full_precision, quantise, quantised, size
 from entrecipes.errors import UserError
-from entrecipes.recipe.adapters import BitFitSection, DiffFitSection, LoraSection, NoAdapterSection, QLoraSection
+from entrecipes.recipe.adapters import (
+    BitFitSection,
+    DiffFitSection,
+    LoraSection,
+    NoAdapterSection,
+    QLoraSection,
+    SimDASection,
+)
 from entrecipes.recipe.base import build
 from entrecipes.recipe.training import Ema
 from entrecipes.training.ema import EmaModel
@@ -22,6 +31,7 @@ from entrecipes.training.ema import EmaModel
 SECTIONS = {
     "lora": LoraSection(rank=2, alpha=3, dropout=0.1),
     "qlora": QLoraSection(rank=2),
+    "qlora, int8": QLoraSection(rank=2, quantise="int8"),
     "bitfit": BitFitSection(),
     "difffit": DiffFitSection(),
 }
@@ -45,9 +55,12 @@ def train(model, inputs, steps=3):
     model.eval()
 
 
-def quantised_base(family, names):
+QUANTISED = ["qlora", "qlora, int8"]
+
+
+def quantised_base(family, adapter, count=None):
     model, _ = tiny(family)
-    lora.quantise(model, names)
+    quantise(model, adapter.quantised[:count], adapter.how)
     return model
 
 
@@ -55,7 +68,7 @@ def quantised_base(family, names):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_it_equals_its_base_at_first_and_then_moves_only_what_it_names(family, name):
     adapter, model, inputs = adapted(family, SECTIONS[name])
-    base = quantised_base(family, adapter.quantised) if name == "qlora" else tiny(family)[0]
+    base = quantised_base(family, adapter) if name in QUANTISED else tiny(family)[0]
     first = output(model, inputs)
     assert torch.equal(first, output(base, inputs))
 
@@ -81,7 +94,7 @@ def test_what_each_of_them_trains():
         for layer in layers
         for part in "AB"
     }
-    assert trained["dit", "qlora"] == trained["dit", "lora"]
+    assert trained["dit", "qlora"] == trained["dit", "qlora, int8"] == trained["dit", "lora"]
     assert {name.split(".")[2] for name in trained["wan", "lora"]} == {"attn1", "attn2", "ffn"}
     assert (
         all(name.endswith(".bias") for name in trained["wan", "bitfit"]) and "proj_out.bias" in trained["wan", "bitfit"]
@@ -120,7 +133,7 @@ def test_merged_it_is_an_ordinary_model(name):
     assert torch.equal(output(model, inputs), wanted), "the adapted model goes on as it was"
 
 
-@pytest.mark.parametrize("name", ["lora", "qlora"])
+@pytest.mark.parametrize("name", ["lora", *QUANTISED])
 def test_the_adapter_alone_is_what_a_checkpoint_holds(name):
     adapter, model, inputs = adapted("dit", SECTIONS[name])
     train(model, inputs)
@@ -141,7 +154,7 @@ def test_the_adapter_alone_is_what_a_checkpoint_holds(name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["lora", "qlora"])
+@pytest.mark.parametrize("name", ["lora", *QUANTISED])
 def test_what_is_published_loads_on_a_fresh_base_bit_for_bit(tmp_path, family, name):
     adapter, model, inputs = adapted(family, SECTIONS[name])
     train(model, inputs)
@@ -158,7 +171,7 @@ def test_what_is_published_loads_on_a_fresh_base_bit_for_bit(tmp_path, family, n
     lora.load_adapter(fresh, tmp_path / "adapter", base)
     assert torch.equal(output(fresh, inputs), output(model, inputs))
     with pytest.raises(UserError, match="trained on other weights than owner/base"):
-        lora.load_adapter(quantised_base(family, adapter.quantised[:1]) if name == "qlora" else fresh, tmp_path, base)
+        lora.load_adapter(quantised_base(family, adapter, 1) if name in QUANTISED else fresh, tmp_path, base)
     (tmp_path / "adapter" / WEIGHTS).write_bytes(b"cut")
     with pytest.raises(UserError, match="no adapter for this base"):
         lora.load_adapter(tiny(family)[0], tmp_path / "adapter", base)
@@ -192,9 +205,10 @@ def test_the_average_copies_only_what_is_trained(name):
             assert torch.equal(parameter, start[name])
 
 
-def test_evaluation_between_steps_leaves_a_quantised_base_as_it_is():
-    adapter, model, inputs = adapted("dit", SECTIONS["qlora"])
-    before = copy.deepcopy({name: p for name, p in model.named_parameters() if p.dtype == torch.uint8})
+@pytest.mark.parametrize("name", QUANTISED)
+def test_evaluation_between_steps_leaves_a_quantised_base_as_it_is(name):
+    adapter, model, inputs = adapted("dit", SECTIONS[name])
+    before = copy.deepcopy({name: p for name, p in model.named_parameters() if not p.is_floating_point()})
     assert len(before) == len(adapter.quantised) > 0
     output(model, inputs)
     train(model, inputs)
@@ -231,3 +245,46 @@ def test_without_bitsandbytes_qlora_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="blocks.adapter: bitsandbytes can't hold weights in 4 bits here"):
         adapted("dit", QLoraSection())
+
+
+@pytest.mark.parametrize(("how", "least", "most"), [("nf4", 0.05, 0.12), ("int8", 0.002, 0.012)])
+def test_quantised_layers_are_near_what_they_stand_for_and_smaller(how, least, most):
+    linear = torch.nn.Linear(256, 64)
+    linear.weight.data[3] = 0  # a row without a scale
+    layer = quantised(linear, how, "here")
+    weight, bias = expanded(layer)
+    error = (weight - linear.weight).norm() / linear.weight.norm()
+    assert least < error < most and not weight[3].any() and bias is linear.bias
+    assert layer.weight.nbytes == linear.weight.nbytes // {"nf4": 8, "int8": 4}[how]
+    assert size(layer.weight) == linear.weight.numel()
+
+    x, y = (torch.randn(2, 3, 5, 256, requires_grad=True) for _ in range(2))  # 4-D, as temporal layers take it
+    y.data.copy_(x.data)
+    plain = full_precision(layer)
+    for inputs, module in ((x, layer), (y, plain)):
+        module(inputs).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.eval()(x), plain(x), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = layer.train()(x)
+        assert torch.equal(lowered, layer.eval()(x))
+    torch.testing.assert_close(lowered.float(), plain(x), rtol=0.05, atol=0.05)
+
+
+def test_int8_keeps_no_activations_for_the_backward_pass():
+    layer, kept = quantised(torch.nn.Linear(32, 8), "int8", "here"), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        layer(torch.randn(100, 32, requires_grad=True)).sum().backward()
+    assert kept == [(8, 32), (8,)]
+
+
+def test_how_a_base_was_held_is_remembered_also_where_it_was_not_said(tmp_path):
+    adapter, model, _ = adapted("dit", SECTIONS["qlora, int8"])
+    adapter.publish(model, tmp_path, "owner/base", None, tmp_path)
+    assert read_base(tmp_path).quantise == "int8"
+    record = json.loads((tmp_path / BASE_FILE).read_text())
+    del record["quantise"]
+    (tmp_path / BASE_FILE).write_text(json.dumps(record))
+    assert read_base(tmp_path).quantise == "nf4"
+    assert SimDASection(quantise=True) == SimDASection(quantise="nf4")
+    assert SimDASection(quantise=False) == SimDASection()

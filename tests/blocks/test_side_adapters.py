@@ -14,9 +14,9 @@ from tiny import DIT, FLOW, tiny
 from tiny_dfgn import clips, output, shake, tiny_dfgn
 
 from entrecipes import StickerPipeline
-from entrecipes.diffusion import lora
 from entrecipes.diffusion.adapter_folder import adapter_folder
 from entrecipes.diffusion.pipelines import load_pipeline
+from entrecipes.diffusion.quantised import quantise
 from entrecipes.errors import UserError
 from entrecipes.patterns import check_parameters
 from entrecipes.recipe.adapters import I2VAdapterSection, LoraSection, NoAdapterSection, QLoraSection, SimDASection
@@ -28,14 +28,14 @@ from entrecipes.training.ema import EmaModel
 TEMPORAL = tuple(f"*temporal_attentions*.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
 SECTIONS = {
     "simda": SimDASection(),
-    "simda, 4 bits": SimDASection(quantise=True),
+    "simda, quantised": SimDASection(quantise="nf4"),
     "i2v": I2VAdapterSection(),
-    "i2v, up, 4 bits": I2VAdapterSection(blocks="up", quantise=True),
+    "i2v, up, quantised": I2VAdapterSection(blocks="up", quantise="int8"),
     "lora": LoraSection(rank=2),
     "lora, temporal": LoraSection(rank=2, targets=TEMPORAL),
     "qlora, temporal": QLoraSection(rank=2, targets=TEMPORAL),
 }
-SIDE = ["simda", "simda, 4 bits", "i2v", "i2v, up, 4 bits"]
+SIDE = ["simda", "simda, quantised", "i2v", "i2v, up, quantised"]
 
 
 def adapted(name):
@@ -75,8 +75,8 @@ def published(name, base, folder):
 def test_it_equals_its_base_at_first_and_is_all_that_moves(name):
     adapter, model = adapted(name)
     inputs, plain = clips(1), tiny_dfgn()
-    lora.quantise(plain, adapter.quantised)
-    assert bool(adapter.quantised) == ("4 bits" in name or "qlora" in name)
+    quantise(plain, adapter.quantised, adapter.how)
+    assert bool(adapter.quantised) == ("quantised" in name or "qlora" in name)
     first = output(model, inputs)
     assert torch.equal(first, output(plain, inputs))
 
@@ -113,7 +113,7 @@ def test_what_lora_and_motion_tuning_train():
     assert tuned == {"temporal_layers", "temporal_attentions"}
 
 
-@pytest.mark.parametrize("name", ["simda", "i2v, up, 4 bits"])
+@pytest.mark.parametrize("name", ["simda", "i2v, up, quantised"])
 def test_a_checkpoint_holds_it_alone(name):
     adapter, model = adapted(name)
     train(model, clips(1))
@@ -138,7 +138,7 @@ def test_what_is_published_loads_with_its_base_bit_for_bit(name, base, tmp_path)
     assert torch.equal(output(pipeline.unet, clips(1)), wanted)
     with pytest.raises(UserError, match="carries an adapter that can't be merged"):
         build("adapter", NoAdapterSection(), model=pipeline.unet)
-    if "4 bits" not in name:
+    if "quantised" not in name:
         pipeline.unet.side_adapter.detach()
         assert torch.equal(output(pipeline.unet, clips(1)), output(tiny_dfgn(), clips(1)))
 

@@ -25,7 +25,7 @@ from entrecipes.training import checkpoint
 from entrecipes.training.launch import run_recipe
 from entrecipes.training.loop import step, train
 from entrecipes.training.publish import save_pipeline
-from entrecipes.training.resume import resume
+from entrecipes.training.resume import check_continues, resume
 from entrecipes.training.run import Run
 from entrecipes.training.telling import begin
 
@@ -34,6 +34,7 @@ LORA = {"type": "lora", "rank": 2, "dropout": 0.1}
 ADAPTERS = {
     "lora": LORA,
     "qlora": {"type": "qlora", "rank": 2},
+    "qlora, int8": {"type": "qlora", "rank": 2, "quantise": "int8"},
     "bitfit": {"type": "bitfit"},
     "difffit": {"type": "difffit"},
     "lora, merged": LORA | {"merge": True},
@@ -80,7 +81,7 @@ def predict(model):
         return FAMILIES["DiTTransformer2DModel"].predict(model, inputs, torch.tensor([10, 500]), torch.tensor([3, 4]))
 
 
-@pytest.mark.parametrize("name", ["lora", "qlora", "difffit"])
+@pytest.mark.parametrize("name", ["lora", "qlora", "qlora, int8", "difffit"])
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, base, name):
     values = Recipe.model_validate(
         recipe(base, ADAPTERS[name], training={"gradient_checkpointing": True, "images": 96})
@@ -128,7 +129,7 @@ def test_checkpoints_hold_the_adapter_alone_and_know_its_base(tmp_path, base):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_what_a_run_leaves_gives_what_it_evaluated(tmp_path, base, name):
     run = leave(tmp_path, recipe(base, ADAPTERS[name], training=SHORT))
-    wanted, alone = predict(run.eval_model), name in ("lora", "qlora")
+    wanted, alone = predict(run.eval_model), name in ("lora", "qlora", "qlora, int8")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter" if alone else "pipeline"]
     loaded = predict(load_pipeline(str(tmp_path)).transformer)
     if name == "lora, merged":
@@ -227,3 +228,15 @@ def test_ent_prog_on_top_trains_only_the_adapters_of_open_blocks(base, name):
     assert len({key.split(".")[1] for key in moved}) == 1, "of 3 blocks, 0.34 is one"
     assert moved and all(".lora_" in key for key in moved)
     assert len(run.optimizer.optimizer.state) == len(moved)
+
+
+def test_a_checkpoint_of_before_int8_goes_on(tmp_path, base):
+    """Its recipe knew no `quantise`, or only whether."""
+    values = Recipe.model_validate(recipe(base, ADAPTERS["qlora"]))
+    written = values.model_dump(mode="json", by_alias=True)
+    del written["blocks"]["adapter"]["quantise"]
+    state = {"recipe": written, "run": {"images": 16, "world_size": 1}}
+    assert check_continues(tmp_path, state, values, 1) == []
+    held = Recipe.model_validate(recipe(base, ADAPTERS["qlora, int8"]))
+    with pytest.raises(UserError, match="blocks.adapter.quantise: 'nf4' there, 'int8' here"):
+        check_continues(tmp_path, state, held, 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from entrecipes.blocks.stack import BlockStack
 from entrecipes.diffusion import lora, side
 from entrecipes.diffusion.adapter_folder import Base, base_fingerprint
+from entrecipes.diffusion.quantised import quantise
 from entrecipes.errors import UserError
 from entrecipes.patterns import matches
 from entrecipes.recipe.base import Section
@@ -58,7 +59,7 @@ class NoAdapter:
             parameter.requires_grad_(self.eligible(name))
 
     def prepare(self, model: nn.Module, seed: int) -> None:
-        """Change the model; its outputs stay as they are (with `qlora`, up to the 4 bits)."""
+        """Change the model; its outputs stay as they are (with `quantise`, up to the bits)."""
 
     def eligible(self, name: str) -> bool:
         """Whether the parameter of this name may be trained."""
@@ -97,16 +98,13 @@ class Beside(NoAdapter):
     def prepare(self, model: nn.Module, seed: int) -> None:
         self.base = base_fingerprint(model)
         self.quantised: tuple[str, ...] = ()
+        self.how: str | None = getattr(self.section, "quantise", None)
 
     def quantise(self, model: nn.Module) -> None:
-        """Hold the linear layers of all blocks in 4 bits."""
-        self.quantised = tuple(
-            f"{path}.{name}"
-            for path, block in _blocks(model)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-        )
-        lora.quantise(model, self.quantised)
+        """Hold the linear layers of all blocks in fewer bits, where the section says so (`quantise: nf4` or `int8`)."""
+        if self.how:
+            self.quantised = tuple(linear_layers(model))
+            quantise(model, self.quantised, self.how)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: value for name, value in model.state_dict().items() if self.eligible(name)}
@@ -129,7 +127,7 @@ class Beside(NoAdapter):
 
     def publish(self, model: nn.Module, folder: Path, pretrained: str, revision: str | None, place: Path) -> None:
         """Write the adapter of a model into `folder`, which is going to be at `place`, for the base of those names."""
-        base = Base.of(pretrained, revision, place, fingerprint=self.base, quantised=self.quantised)
+        base = Base.of(pretrained, revision, place, fingerprint=self.base, quantised=self.quantised, quantise=self.how)
         self.save(model, folder, base)
 
     def save(self, model: nn.Module, folder: Path, base: Base) -> None:
@@ -138,17 +136,14 @@ class Beside(NoAdapter):
 
 
 class Lora(Beside):
-    """Trains low-rank updates beside a frozen base (Hu et al. 2021)."""
-
-    in_4_bits = False
+    """Trains low-rank updates beside a frozen base (Hu et al. 2021), which may be quantised (Dettmers et al. 2023)."""
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         from peft import LoraConfig
 
         super().prepare(model, seed)
         targets = _targets(model, self.section.targets)
-        if self.in_4_bits:
-            self.quantise(model)
+        self.quantise(model)
         rank = self.section.rank
         config = LoraConfig(
             r=rank,
@@ -176,12 +171,6 @@ class Lora(Beside):
         lora.save_adapter(model, folder, base)
 
 
-class QLora(Lora):
-    """The same beside a base whose blocks hold their linear layers in 4 bits (Dettmers et al. 2023)."""
-
-    in_4_bits = True
-
-
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The blocks of a model by path; where they are no stack, as in video UNets, its transformer blocks."""
     try:
@@ -192,6 +181,16 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             raise UserError(f"blocks.adapter: {error}") from error
         return found
     return [(path, model.get_submodule(path)) for block in stack.blocks for path in block.paths]
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers of all blocks."""
+    return [
+        f"{path}.{name}"
+        for path, block in _blocks(model)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from entrecipes.blocks.stack import BlockStack
-from entrecipes.diffusion.lora import size
+from entrecipes.diffusion.quantised import size
 
 FROZEN_SHARE = 0.52
 """What a closed block above the floor keeps for the backward pass, relative to an open one. Measured in float32 on CPU

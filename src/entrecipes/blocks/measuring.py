@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity
 
 from entrecipes.blocks.scores import BlockScores
 from entrecipes.blocks.stack import BlockStack
-from entrecipes.diffusion.lora import expanded
+from entrecipes.diffusion.quantised import expanded
 from entrecipes.errors import UserError
 
 KEYS = ("mean", "square", "loss", "output_distance", "log_spread", "abs_log_spread")
@@ -172,7 +172,7 @@ class _Tally:
 class _Taylor:
     """First-order estimate of what a block's weights matter to the loss, from gradients summed over all draws.
 
-    Weights in 4 bits have no gradients and are left out.
+    Quantised weights have no gradients and are left out.
     """
 
     def __init__(self, stack: BlockStack) -> None:
@@ -213,6 +213,7 @@ def _magnitude(stack: BlockStack) -> Tensor:
     """Mean |weight| of each block [B]."""
     found = []
     for index in range(len(stack)):
-        weights = [expanded(p).detach() for module in stack.modules(index) for p in module.parameters()]
+        layers = [layer for module in stack.modules(index) for layer in module.modules()]
+        weights = [weight.detach() for layer in layers for weight in expanded(layer)]
         found.append(sum(float(w.abs().sum()) for w in weights) / sum(w.numel() for w in weights))
     return torch.tensor(found, dtype=torch.float64)

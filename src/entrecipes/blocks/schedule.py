@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from entrecipes.diffusion.lora import size
+from entrecipes.diffusion.quantised import size
 from entrecipes.patterns import check_parameters, matches
 from entrecipes.recipe.blocks import AllBlocksSection, StagedBlocksSection
 

@@ -28,8 +28,7 @@ class SideAdapter(Beside):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 adapter = side.CLASSES[self.section.type].of(model, **options)
-            if self.section.quantise:
-                self.quantise(model)
+            self.quantise(model)
             adapter.attach(model)
         except ValueError as error:
             raise UserError(f"blocks.adapter: {self.section.type} does not fit this base: {error}") from error

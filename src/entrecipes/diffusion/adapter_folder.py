@@ -31,7 +31,9 @@ class Base:
     fingerprint: str
     """Of its weights, before they were quantised."""
     quantised: tuple[str, ...] = ()
-    """Linear layers that were held in 4 bits."""
+    """Linear layers that were held in fewer bits."""
+    quantise: str | None = None
+    """Which: `nf4` or `int8`."""
 
     @classmethod
     def of(cls, pretrained: str, revision: str | None, folder: Path, **facts: Any) -> Base:
@@ -72,6 +74,7 @@ def read_base(folder: Path) -> Base:
     """What the adapter in a folder belongs to. Raises UserError when that can't be read."""
     try:
         record = json.loads((folder / BASE_FILE).read_text())
-        return Base(**record | {"quantised": tuple(record["quantised"])})
+        quantise = record.get("quantise", "nf4" if record["quantised"] else None)  # which once was all there was
+        return Base(**record | {"quantised": tuple(record["quantised"]), "quantise": quantise})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / BASE_FILE}: damaged ({error}); resume the run to write it again") from error

@@ -11,8 +11,8 @@ from diffusers.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import nn
 
-from entrecipes.diffusion import lora
 from entrecipes.diffusion.adapter_folder import Base
+from entrecipes.diffusion.quantised import quantise
 from entrecipes.errors import UserError
 from entrecipes.models import side_adapters
 from entrecipes.models.i2v_adapter import I2VAdapter
@@ -58,7 +58,7 @@ def load_side_adapter(model: nn.Module, folder: Path, base: Base) -> None:
         adapter, info = kind.from_pretrained(folder, output_loading_info=True)
         if lacking := info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
             raise ValueError(f"{sorted(lacking)[0]} is not in both its configuration and its weights")
-        lora.quantise(model, base.quantised)
+        quantise(model, base.quantised, base.quantise)
         adapter.attach(model)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from entrecipes.recipe.base import Section, register, union
+
+Quantise = Literal["nf4", "int8"]
+"""How frozen weights are held: 4 bits (NF4, by bitsandbytes; Dettmers et al. 2023), or 8 with a scale for each row."""
+
+
+def _was_boolean(value: Any) -> Any:
+    return {True: "nf4", False: None}[value] if isinstance(value, bool) else value
+
+
+Quantised = Annotated[Quantise | None, BeforeValidator(_was_boolean)]
+"""The same where null is full precision; `true` once meant nf4."""
 
 
 @register("adapter", implementation="entrecipes.blocks.adapters:NoAdapter")
@@ -39,11 +50,13 @@ class LoraSection(LoraKeys):
     type: Literal["lora"] = "lora"
 
 
-@register("adapter", implementation="entrecipes.blocks.adapters:QLora", paper="Dettmers et al. 2023 (arXiv 2305.14314)")
+@register("adapter", implementation="entrecipes.blocks.adapters:Lora", paper="Dettmers et al. 2023 (arXiv 2305.14314)")
 class QLoraSection(LoraKeys):
-    """QLoRA: LoRA on a base whose blocks hold their linear layers in 4 bits (NF4, by bitsandbytes)."""
+    """QLoRA: LoRA on a base whose blocks hold their linear layers in 4 bits (or 8)."""
 
     type: Literal["qlora"] = "qlora"
+    quantise: Quantise = "nf4"
+    """4 bits (nf4, by bitsandbytes) or 8 (int8, nearer to the base, as fast to compute with)."""
 
 
 @register("adapter", implementation="entrecipes.blocks.difffit:BitFit", paper="Zaken et al. 2022 (arXiv 2106.10199)")
@@ -74,8 +87,8 @@ class SimDASection(Section):
     """Width of the temporal bottlenecks after the residual blocks, as a share of theirs."""
     shift: int = Field(0, ge=0)
     """Latent-shift attention: keys and values come from up to so many frames away, by position; 0 is off."""
-    quantise: bool = False
-    """Hold the linear layers in the blocks of the frozen base in 4 bits (NF4, by bitsandbytes)."""
+    quantise: Quantised = None
+    """Hold the linear layers in the blocks of the frozen base in 4 bits (nf4, by bitsandbytes) or 8 (int8)."""
 
 
 @register(
@@ -87,8 +100,8 @@ class I2VAdapterSection(Section):
     type: Literal["i2v_adapter"] = "i2v_adapter"
     blocks: Literal["all", "up"] = "all"
     """Which spatial attentions get a branch: all, or those on the way up alone (RDTF's own baseline)."""
-    quantise: bool = False
-    """Hold the linear layers in the blocks of the frozen base in 4 bits (NF4, by bitsandbytes)."""
+    quantise: Quantised = None
+    """Hold the linear layers in the blocks of the frozen base in 4 bits (nf4, by bitsandbytes) or 8 (int8)."""
 
 
 AdapterSection = union("adapter")

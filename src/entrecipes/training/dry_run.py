@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from entrecipes.data.loader import Batch
-from entrecipes.diffusion.lora import size
 from entrecipes.diffusion.pipelines import build_model
+from entrecipes.diffusion.quantised import size
 from entrecipes.errors import UserError
 from entrecipes.information.proxies import flops
 from entrecipes.recipe.schema import Recipe

@@ -16,8 +16,8 @@ from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
-from entrecipes.diffusion import lora
 from entrecipes.diffusion.adapter_folder import FOLDER
+from entrecipes.diffusion.quantised import size
 from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.evaluation.drawing import draw
@@ -119,7 +119,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
         "world_size": run.world_size,
         "device": device_name(run.device),
         "precision": recipe.training.precision,
-        "parameters": sum(lora.size(p) for p in run.model.parameters()),
+        "parameters": sum(size(p) for p in run.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         **run.pruner.facts(),
         "adapter": adapter_facts(run) if run.adapter.published_alone else None,
@@ -182,7 +182,7 @@ def adapter_facts(run: Run) -> dict[str, Any]:
         "revision": run.recipe.pipeline.revision,
         "component": run.components.family.component,
         "loads_itself": isinstance(run.components.model, PeftAdapterMixin),
-        "quantise": getattr(run.recipe.blocks.adapter, "quantise", False),
+        "quantise": getattr(run.recipe.blocks.adapter, "quantise", None),
     }
 
 

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from entrecipes.errors import UserError
 from entrecipes.recipe.changes import HARMLESS, differences
 from entrecipes.recipe.curriculum import TaskCurriculumKeys
@@ -141,7 +143,7 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
     Raises:
         UserError: When the checkpoint belongs to another run.
     """
-    found = differences(state["recipe"], recipe.model_dump(mode="json", by_alias=True))
+    found = differences(as_now(state["recipe"]), recipe.model_dump(mode="json", by_alias=True))
     changes = [change for change in found if not change[0].startswith(HARMLESS)]
     if harmful := [change for change in changes if change[0].startswith(IDENTITY)]:
         raise UserError(
@@ -173,6 +175,14 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
             "the same images and noise, up to dropout inside the model and rounding"
         )
     return notices
+
+
+def as_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as an older version wrote it, with the keys that have come since at their defaults; or as it is."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        return recipe
 
 
 def _said(changes: list[tuple[str, Any, Any]]) -> str:
