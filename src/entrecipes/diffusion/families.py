@@ -1,7 +1,7 @@
 """Model families: the one small adapter that each diffusers model class needs to be trained, sampled and published.
 
 A family knows how its model is called, what its null label is, which stock pipeline carries it, and what that pipeline
-asks of a scheduler. Adding a model class is one subclass of [`Family`] here.
+asks of a scheduler. Adding a model class is one subclass of [`Family`]: here, or with [`register_family`] in a plugin.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from entrecipes.diffusion.stickers import DFGN
 from entrecipes.errors import UserError
 from entrecipes.models.pose_video import PoseVideoPipeline
 from entrecipes.models.sequence import SequencePipeline
+from entrecipes.recipe.pipeline import KIND_OF_MODEL
 
 
 class UNet2D(Family):
@@ -220,6 +221,19 @@ class WanVideo(Family):
 FAMILIES: dict[str, Family] = {
     family.model_class: family for family in (UNet2D(), DiT(), SequenceTransformer1D(), WanVideo(), DFGN())
 }
+
+
+def register_family(family: type[Family]) -> type[Family]:
+    """Add the decorated family, so that recipes can name its `model_class`.
+
+    Raises:
+        ValueError: At import, when that class has a family already.
+    """
+    if family.model_class in FAMILIES:
+        raise ValueError(f"{family.model_class} has a family already: {type(FAMILIES[family.model_class]).__name__}")
+    FAMILIES[family.model_class] = family()
+    KIND_OF_MODEL[family.model_class] = family.kind
+    return family
 
 
 def family_of(model_class: str) -> Family:

@@ -35,6 +35,8 @@ class Family(ABC):
     """What the pipeline is asked to return."""
     bases: ClassVar[tuple[str, ...]] = ()
     """Other pipelines, by class name, whose parts the family's own pipeline can be made of."""
+    own_class: ClassVar[type[ModelMixin] | None] = None
+    """The model class itself, where it is neither of diffusers nor of entrecipes."""
 
     @abstractmethod
     def predict(self, model: Any, sample: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

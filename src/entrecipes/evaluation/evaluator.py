@@ -26,11 +26,12 @@ from entrecipes.evaluation.grid import SampleGrid, draw_grid
 from entrecipes.evaluation.heldout import HeldOutBundle, HeldOutResult
 from entrecipes.evaluation.metrics import compare
 from entrecipes.evaluation.ngrams import compare_ngrams
+from entrecipes.evaluation.own import measure_own
 from entrecipes.evaluation.pose_detector import pose_detector
 from entrecipes.evaluation.result import Metric
 from entrecipes.evaluation.stickers import compare_stickers
 from entrecipes.recipe.base import build
-from entrecipes.recipe.evaluation import Evaluation
+from entrecipes.recipe.evaluation import OWN_METRICS, Evaluation
 
 
 class Evaluator:
@@ -114,7 +115,8 @@ class Evaluator:
                 f"pipeline: the model predicts {list(prediction.shape[1:])} for {list(target.shape[1:])} and samples "
                 f"images of {list(samples.shape[1:])}; in_channels, out_channels and sample_size must agree"
             )
-        if section.metrics and family.kind != "sequences":
+        of_samples = [name for name, own in OWN_METRICS.items() if own.of == "samples"]
+        if set(section.metrics) - set(of_samples) and family.kind != "sequences":
             with in_turn():
                 _ = self.extractor, self.judges
 
@@ -240,29 +242,25 @@ class Evaluator:
             "guidance_scale": section.guidance_scale,
             "seed": section.seed,
         }
+        condition = conditions(self.data, section.reference, indices, section.task) if paired else None
+        fake = self.samples(model, len(drawn) if paired else section.samples, condition)
+        about = {"batch_size": section.batch_size, "seed": section.seed, "origin": origin}
+        shown = drawn[:, :, : fake.shape[2]] if kind == "clips" else drawn
+        own = measure_own(section.metrics, shown, fake, extractor=lambda: self.extractor, **about)
+        if not (names := [name for name in section.metrics if name not in OWN_METRICS]):
+            return own
         if kind == "sequences":
-            fake, symbols = self.samples(model, section.samples), self.components.channels
-            return compare_ngrams(drawn.numpy(), fake.numpy(), symbols, seed=section.seed, origin=origin)
-        about = {
-            "batch_size": section.batch_size,
-            "seed": section.seed,
-            "origin": origin,
-            "real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}",
-        }
+            symbols = self.components.channels
+            return own + compare_ngrams(drawn.numpy(), fake.numpy(), symbols, seed=section.seed, origin=origin)
+        about |= {"real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}"}
         if kind == "clips":
-            fake = self.samples(model, len(drawn), conditions(self.data, section.reference, indices, section.task))
             joints = None if real.keypoints is None else real.keypoints[indices]
-            frames = drawn[:, :, : fake.shape[2]]
-            return compare_clips(
-                section.metrics, self.extractor, frames, fake, keypoints=joints, **self.judges, **about
-            )
+            return own + compare_clips(names, self.extractor, shown, fake, keypoints=joints, **self.judges, **about)
         if kind == "stickers":
-            condition = conditions(self.data, section.reference, indices, section.task)
-            fake = self.samples(model, len(drawn), condition)
             about["origin"] = origin | {"task": section.task, "frame_guidance_scale": section.frame_guidance_scale}
             captions = [real.captions[i] for i in indices] if real.captions else None
-            return compare_stickers(
-                section.metrics,
+            return own + compare_stickers(
+                names,
                 self.extractor,
                 drawn,
                 fake,
@@ -271,7 +269,7 @@ class Evaluator:
                 **self.judges,
                 **about,
             )
-        return compare(section.metrics, self.extractor, drawn, self.samples(model, section.samples), **about)
+        return own + compare(names, self.extractor, drawn, fake, **about)
 
 
 @contextlib.contextmanager

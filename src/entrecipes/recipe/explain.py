@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from entrecipes.errors import nearest
 from entrecipes.recipe.base import REGISTRY, Section
+from entrecipes.recipe.plugins import sections_of
 from entrecipes.recipe.schema import Recipe
 from entrecipes.recipe.tree import Node, Problem, find_node, plain
 
@@ -126,16 +127,9 @@ def _path(location: tuple[str | int, ...], data: Any) -> list[str | int]:
     return path
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
-    """The section classes that a field's annotation allows."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections(inner)]
-
-
 def _chosen(annotation: Any, data: Any) -> type[Section] | None:
     """The section class that `data` selects by its `type`; the only one where there is no choice."""
-    sections = _sections(annotation)
+    sections = sections_of(annotation)
     named = data.get("type") if isinstance(data, dict) else None
     matching = [s for s in sections if len(sections) == 1 or named in get_args(s.model_fields["type"].annotation)]
     return matching[0] if matching else None

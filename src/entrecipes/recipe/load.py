@@ -14,6 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from entrecipes.errors import UserError, nearest
 from entrecipes.recipe.explain import explain
 from entrecipes.recipe.idle import idle_keys
+from entrecipes.recipe.plugins import admit_registered, import_plugin
 from entrecipes.recipe.schema import Recipe
 from entrecipes.recipe.tree import (
     Node,
@@ -118,6 +119,7 @@ def compose(overrides: Sequence[str]) -> Recipe:
 
 def _checked(root: Node, problems: list[Problem]) -> Recipe:
     """The recipe of a tree; raises RecipeError with these problems and its own."""
+    problems += _plug_in(root)
     try:
         recipe = Recipe.model_validate(plain(root))
     except ValidationError as error:
@@ -125,6 +127,19 @@ def _checked(root: Node, problems: list[Problem]) -> Recipe:
     if problems:
         raise RecipeError(sorted(problems))
     return recipe
+
+
+def _plug_in(root: Node) -> Iterator[Problem]:
+    """Import the modules under `plugins`; anything else than a list of words is left for the check of the recipe."""
+    names = root.value.get("plugins", Node((), root.place)).value
+    for item in names if isinstance(names, list) else ():
+        try:
+            if isinstance(item.value, str):
+                import_plugin(item.value)
+        except UserError as error:
+            yield Problem(item.place, "plugins", str(error))
+    if names:
+        admit_registered()
 
 
 def _dropped(below: Node, above: Node, path: tuple[str, ...] = ()) -> Iterator[Problem]:

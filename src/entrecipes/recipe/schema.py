@@ -15,12 +15,9 @@ from entrecipes.recipe.experts import ExpertsSection, MemberSection, OneNetworkS
 from entrecipes.recipe.hub import Hub
 from entrecipes.recipe.masks import MasksSection, NoMasksSection
 from entrecipes.recipe.noise import NoiseSection, UniformNoise
-from entrecipes.recipe.pipeline import Objective, Pipeline
+from entrecipes.recipe.pipeline import KIND_OF_MODEL, Objective, Pipeline
 from entrecipes.recipe.prune import NoPruningSection, PruneSection
 from entrecipes.recipe.training import AdamWOptimizer, OptimizerSection, Training
-
-_KIND_OF_MODEL = {"SequenceTransformer1DModel": "sequences", "WanTransformer3DModel": "clips", "DFGNModel": "stickers"}
-"""Classes that don't denoise images."""
 
 
 class Recipe(Section):
@@ -30,6 +27,9 @@ class Recipe(Section):
     """One line for `entrecipes ls` and the model card."""
     license: str = "apache-2.0"
     """Licence of the trained weights, for the model card."""
+    plugins: tuple[str, ...] = ()
+    """Python modules of your own, imported first: in the working directory or installed. What they register can be
+    chosen."""
     pipeline: Pipeline
     """Which network is trained, on which noise path."""
     data: DataSection
@@ -185,8 +185,8 @@ class Recipe(Section):
                 "held_out (or train, if that is meant)"
             )
         model = build and build.model.class_name
-        if build and _KIND_OF_MODEL.get(model, "images") != kind:
-            fit = next((name for name, of in _KIND_OF_MODEL.items() if of == kind), "another model")
+        if build and KIND_OF_MODEL[model] != kind:
+            fit = next((name for name, of in KIND_OF_MODEL.items() if of == kind), "another model")
             problems.append(
                 f"pipeline.build.model.class: {model} does not denoise {kind}, which data.type {self.data.type} holds; "
                 f"take {fit}"
