@@ -40,6 +40,7 @@ from entrecipes.errors import UserError
 from entrecipes.evaluation.generation import balanced_labels, generate
 from entrecipes.information import proxies
 from entrecipes.recipe.pipeline import Pipeline
+from entrecipes.reference import HELP as PIPELINE
 from entrecipes.report.comparison.tables import Table
 from entrecipes.report.facts import flops, number
 from entrecipes.training.publish import VERSIONS, device_name
@@ -49,7 +50,7 @@ DENSE, PRUNED = "dense", "pruned"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("dense", help=PIPELINE)
     parser.add_argument("pruned", nargs="?", help="the same without some blocks; or say --ratio")
     parser.add_argument("--ratio", type=float, help="share of the dense one's blocks to leave out, evenly spread")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="images a call")

@@ -64,7 +64,7 @@ def train_classifier() -> tuple[SVC, float]:
 
 def check(arguments: argparse.Namespace) -> dict[str, object]:
     """Generate, classify, count."""
-    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline)
+    pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline, revision=arguments.revision)
     if type(pipeline).__name__ not in ("ConsistencyModelPipeline", "DiTPipeline"):
         raise ValueError(f"a {type(pipeline).__name__} takes no class labels; give a class-conditional one of digits")
     pipeline.set_progress_bar_config(disable=True)
@@ -94,7 +94,8 @@ def check(arguments: argparse.Namespace) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="folder of a published pipeline")
+    parser.add_argument("pipeline", help="folder of a published pipeline, or its Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--samples", type=int, default=500, help="images, the ten classes in turn (at least 10)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of each image")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="DiT pipelines only; 1 is off")
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.samples < CLASSES:
         parser.error(f"--samples: {arguments.samples} is too few; give at least {CLASSES}")
-    if not (arguments.pipeline / "model_index.json").is_file():
+    folder = Path(arguments.pipeline)
+    if (folder.parent.is_dir() or arguments.pipeline.count("/") != 1) and not (folder / "model_index.json").is_file():
         parser.error(f"{arguments.pipeline}: no pipeline there (no model_index.json); give a run's pipeline/ folder")
     try:
         found = check(arguments)

@@ -21,6 +21,7 @@ import torch
 
 from entrecipes import InfoNoiseScheduler
 from entrecipes.data.opening import OpenedData, open_data
+from entrecipes.diffusion.download import records
 from entrecipes.diffusion.pipelines import Components, best_device, load_components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.drawing import draw
@@ -34,6 +35,7 @@ from entrecipes.noise.recommendation import recommend, sampling_scheduler
 from entrecipes.recipe.load import load
 from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.recipe.schema import Recipe
+from entrecipes.reference import HELP as PIPELINE
 
 REPETITION = 1_000_000
 
@@ -42,8 +44,8 @@ def learned_scheduler(
     place: str, recipe: Recipe, components: Components, data: OpenedData, device: torch.device
 ) -> tuple[InfoNoiseScheduler, str]:
     """The scheduler that knows the profile, and where the profile comes from."""
-    if (Path(place) / "infonoise").is_dir():
-        return InfoNoiseScheduler.from_pretrained(place, subfolder="infonoise"), "learned by the run"
+    if (records(place) / "infonoise").is_dir():
+        return InfoNoiseScheduler.from_pretrained(records(place), subfolder="infonoise"), "learned by the run"
     evaluation = recipe.evaluation
     found = measure_profile(components, data, device, evaluation.held_out, evaluation.batch_size)
     facts = RunFacts(data_std=found.data_std, distinct_values=found.distinct_values, spacing=found.spacing)
@@ -116,7 +118,7 @@ def table(rows: list[dict[str, Any]], metric: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("pipeline", help=PIPELINE)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes of the recipe, such as data.path=..."
     )
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
 
-    recipe = load(args.recipe or str(Path(args.pipeline) / "recipe.yaml"), args.overrides).recipe
+    recipe = load(args.recipe or str(records(args.pipeline) / "recipe.yaml"), args.overrides).recipe
     if recipe.training.cpu_threads:
         torch.set_num_threads(recipe.training.cpu_threads)
     device, started = best_device(), time.perf_counter()

@@ -18,7 +18,9 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 
 from entrecipes.diffusion.convert import KINDS, convert_dit, read_checkpoint
+from entrecipes.diffusion.pipelines import load_vae
 from entrecipes.errors import UserError
+from entrecipes.reference import split
 
 
 def main() -> int:
@@ -26,7 +28,9 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--type", choices=KINDS, required=True, help="the two can't be told apart by their weights")
-    parser.add_argument("--vae", help="folder or Hub id of the VAE; left out for a model of pixels")
+    parser.add_argument(
+        "--vae", help="folder or Hub id (owner/name, owner/name@revision) of the VAE; left out for a model of pixels"
+    )
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -38,7 +42,7 @@ def main() -> int:
     if arguments.output.exists() and not (arguments.output.is_dir() and not any(arguments.output.iterdir())):
         raise UserError(f"{arguments.output}: exists already; give a new folder")
     state = read_checkpoint(arguments.checkpoint, arguments.ema)
-    vae = load_vae(arguments.vae) if arguments.vae else None
+    vae = load_vae(AutoencoderKL, *split(arguments.vae)) if arguments.vae else None
     try:
         pipeline = convert_dit(state, arguments.type, vae=vae, num_attention_heads=arguments.num_attention_heads)
     except UserError as error:
@@ -46,15 +50,6 @@ def main() -> int:
     pipeline.save_pretrained(arguments.output)
     print(f"{arguments.output}: {sum(p.numel() for p in pipeline.transformer.parameters()):,} weights")
     return 0
-
-
-def load_vae(source: str) -> AutoencoderKL:
-    """The VAE from a folder or the Hub."""
-    try:
-        return AutoencoderKL.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: no AutoencoderKL could be loaded ({first_line}); check the id or folder") from error
 
 
 if __name__ == "__main__":

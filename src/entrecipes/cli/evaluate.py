@@ -7,15 +7,17 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from entrecipes.cli.subject import run_folder
 from entrecipes.errors import UserError
 from entrecipes.recipe.load import load
+from entrecipes.reference import HELP as PIPELINE
 
 HELP = "measure a pipeline: held-out nats, and the sample-based metrics of a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("pipeline", help=PIPELINE)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as evaluation.samples=2k")
     parser.add_argument("--recipe", help="recipe with the data and the evaluation (default: the run folder's own)")
     parser.add_argument("-o", "--output", type=Path, help="also write the numbers here, as JSON")
@@ -23,9 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
-    own = Path(args.pipeline) / "recipe.yaml"
-    if args.recipe is None and not own.exists():
-        raise UserError(f"{args.pipeline}: no run folder with a recipe.yaml; say which data and metrics: --recipe NAME")
+    if not args.recipe and not (own := run_folder(args.pipeline) / "recipe.yaml").exists():
+        raise UserError(f"{args.pipeline}: there is no recipe.yaml in it; say which data and metrics: --recipe NAME")
     recipe = load(args.recipe or str(own), args.overrides).recipe
 
     import torch

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entrecipes.cli import clips, stickers
 from entrecipes.errors import UserError
+from entrecipes.reference import HELP as PIPELINE
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
 HELP = "sample images (or sequences, clips, stickers) from a run folder, a pipeline folder or a Hub id"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("pipeline", help=PIPELINE)
     parser.add_argument("-n", "--count", type=int, help="images (default 40), clips (default 4, or 1 of --poses)")
     parser.add_argument("--labels", help="classes asked for, such as 3,1,4; they repeat in turn (default: all in turn)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
@@ -22,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (default 0)")
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time (default 100)")
+    parser.add_argument(
+        "--offload",
+        choices=("model", "group"),
+        help="keep weights in the host's memory: all but the model that computes, or all but the layer (slower)",
+    )
+    parser.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
     parser.add_argument(
         "-o",
         "--output",
@@ -49,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         )
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(best_device())
+    place(pipeline, best_device(), args)
     family = family_of_pipeline(pipeline)
     if args.guidance_scale != 1 and not family.guidance:
         raise UserError(f"--guidance-scale: {type(pipeline).__name__} has no guidance; leave it out")
@@ -94,6 +106,25 @@ def run(args: argparse.Namespace) -> int:
             )
         print(f"each of them in {args.separate}/")
     return 0
+
+
+def place(pipeline: DiffusionPipeline, device: torch.device, args: argparse.Namespace) -> None:
+    """Bring a pipeline to the device as the options say. Raises UserError where they can't help."""
+    from entrecipes.evaluation.generation import offload
+
+    if args.vae_tiling:
+        if not hasattr(vae := getattr(pipeline, "vae", None), "enable_tiling"):
+            raise UserError(f"--vae-tiling: this {type(pipeline).__name__} has no VAE that can; leave it out")
+        vae.enable_tiling()
+    if args.offload is None:
+        pipeline.to(device)
+    elif device.type == "cpu":
+        raise UserError(
+            f"--offload {args.offload}: there is no GPU here, so that all weights are in the host's memory as it is; "
+            "leave it out, and take a smaller --batch-size if memory is short"
+        )
+    else:
+        offload(pipeline, args.offload, device)
 
 
 def _labels(text: str | None, num_classes: int | None, count: int) -> list[int] | None:

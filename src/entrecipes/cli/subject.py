@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from entrecipes.errors import UserError
 from entrecipes.recipe.load import compose, load
 from entrecipes.recipe.schema import Recipe
+from entrecipes.reference import HELP, as_folder, is_local, split
 
 if TYPE_CHECKING:
     from entrecipes.diffusion.pipelines import Components
@@ -20,7 +21,7 @@ DATA = "'{type: folder, path: pictures}'"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `find_recipe` and the others here read."""
-    parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id")
+    parser.add_argument("pipeline", help=HELP)
     parser.add_argument("--recipe", metavar="NAME", help="recipe with the data, the noise schedule and the weighting")
     parser.add_argument("--data", metavar="YAML", help=f"a recipe's data section, such as {DATA}")
     parser.add_argument(
@@ -36,10 +37,23 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} {given}: at least {value}")
 
 
+def run_folder(pipeline: str) -> Path:
+    """The folder that holds what a run left beside its pipeline, if it left anything; of a Hub id, one of the cache.
+
+    Raises:
+        UserError: When it is on the Hub, and can't be had.
+    """
+    if is_local(split(pipeline)[0]):
+        return Path(pipeline)
+    from entrecipes.diffusion.download import records
+
+    return records(pipeline)
+
+
 def find_recipe(
     args: argparse.Namespace, changes: Mapping[str, str | None], without: Sequence[str] = ()
 ) -> tuple[Recipe, list[str]]:
-    """The recipe asked for, or else the run folder's own, or else one made of the options.
+    """The recipe asked for, or else the run folder's own (or the repository's), or else one made of the options.
 
     Args:
         args: With what `add_arguments` declares.
@@ -50,8 +64,7 @@ def find_recipe(
         The recipe, and the keys of `changes` whose values are assumed.
     """
     overrides = [f"{key}={text}" for key, text in changes.items() if text is not None]
-    own = Path(args.pipeline) / "recipe.yaml"
-    if args.recipe or own.exists():
+    if args.recipe or (own := run_folder(args.pipeline) / "recipe.yaml").exists():
         return load(args.recipe or str(own), overrides).recipe, []
     if args.data is None:
         raise UserError(
@@ -80,8 +93,8 @@ def learned_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What the run folder logged of a learned noise schedule; empty where another schedule is asked for."""
     from entrecipes.report.run_folder import RunFolder
 
-    here = args.recipe is None and args.noise is None and Path(args.pipeline).is_dir()
-    return RunFolder(args.pipeline).metrics("noise") if here else []
+    own = args.recipe is None and args.noise is None
+    return RunFolder(run_folder(args.pipeline)).metrics("noise") if own else []
 
 
 def expect(seconds: float) -> None:
@@ -94,6 +107,8 @@ def output_folder(args: argparse.Namespace, inside: str, verb: str) -> Path:
     """The folder asked for, or `inside` a run folder, or for other pipelines one of their name."""
     if args.output:
         return args.output
+    if not is_local(split(args.pipeline)[0]):
+        return Path("outputs") / verb / as_folder(args.pipeline)
     folder = Path(args.pipeline)
     folder = folder.parent if folder.name in ("pipeline", "adapter") else folder
     if (folder / "recipe.yaml").exists():

@@ -111,7 +111,7 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
             family, model = build_model(build.model)
         scheduler = _instantiate(build.scheduler, "pipeline.build.scheduler")
         vae_id = f"{build.vae}@{build.vae_revision}"
-        vae = _load_vae(family.vae_class, build.vae, build.vae_revision) if build.vae else None
+        vae = load_vae(family.vae_class, build.vae, build.vae_revision) if build.vae else None
         text = TextEncoders.load(build.text) if build.text else None
     if family.kind != "clips" and not isinstance(model.config.sample_size, int):
         raise UserError(f"pipeline: {family.model_class} needs sample_size, the side of a square image or latent")
@@ -169,8 +169,12 @@ def _with_adapter(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def _load_vae(cls: type[ModelMixin], source: str, revision: str | None) -> ModelMixin:
-    """From a folder or the Hub, alone or in a pipeline, in float32. Raises UserError."""
+def load_vae(cls: type[ModelMixin], source: str, revision: str | None) -> ModelMixin:
+    """A VAE from a folder or the Hub, alone or in a pipeline, in float32.
+
+    Raises:
+        UserError: When there is none, or it can't be read.
+    """
     with _told(cls, source, revision):
         if (Path(source) / "pipeline" / INDEX).exists():
             source = str(Path(source) / "pipeline")
