@@ -38,6 +38,7 @@ from entrecipes.recipe.prune import UNMEASURED, Draws
 from entrecipes.report.comparison.tables import Table
 from entrecipes.training.loop import train
 from entrecipes.training.run import Run
+from entrecipes.training.subject import subject_of
 
 DENSE = "prune={type: none}"
 TWINS = ("cei", "cei_timestep", "cei_sample", "ced_sample")
@@ -75,7 +76,7 @@ class Runs:
         """Train, and measure the averaged weights."""
         run = self.build(seed, *changes)
         train(run)
-        found = next(iter(run.evaluator.nats(run.eval_model).values()))
+        found = next(iter(run.evaluator.nats((run.ema or run).model).values()))
         return {
             "nats": found.nats,
             "loss": loss(run, found),
@@ -92,7 +93,7 @@ class Runs:
         """The blocks that a pruning at once removes."""
         run = self.dense(seed)
         section = load(self.recipe, [*self.overrides, prune]).recipe.prune
-        pruner = build("prune", section, subject=replace(run.subject(), seed=seed))
+        pruner = build("prune", section, subject=replace(subject_of(run), seed=seed))
         return {"remove": sorted(pruner.choose(0)[0]["remove"])}
 
     def scores(self, seed: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def leave(folder, values):
     run = Run(Recipe.model_validate(values), None)
     train(run)
     folder.mkdir(parents=True, exist_ok=True)
-    save_pipeline(run, folder)
+    save_pipeline(run, (run.ema or run).model, folder)
     return run
 
 
@@ -129,7 +129,7 @@ def test_checkpoints_hold_the_adapter_alone_and_know_its_base(tmp_path, base):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_what_a_run_leaves_gives_what_it_evaluated(tmp_path, base, name):
     run = leave(tmp_path, recipe(base, ADAPTERS[name], training=SHORT))
-    wanted, alone = predict(run.eval_model), name in ("lora", "qlora", "qlora, int8")
+    wanted, alone = predict((run.ema or run).model), name in ("lora", "qlora", "qlora, int8")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter" if alone else "pipeline"]
     loaded = predict(load_pipeline(str(tmp_path)).transformer)
     if name == "lora, merged":
@@ -189,7 +189,7 @@ def test_a_base_moves_along_and_a_lost_one_is_named(tmp_path, base):
 
 def test_more_training_on_an_adapted_base(tmp_path, base):
     """The next run merges the first one's adapter into what it trains."""
-    wanted = predict(leave(tmp_path, recipe(base, LORA, training=SHORT)).eval_model)
+    wanted = predict(leave(tmp_path, recipe(base, LORA, training=SHORT)).ema.model)
     run = Run(Recipe.model_validate(recipe(tmp_path, {"type": "none"})), None)
     torch.testing.assert_close(predict(run.model.eval()), wanted, rtol=1e-4, atol=1e-5)
     assert all(parameter.requires_grad for parameter in run.model.parameters())
@@ -205,7 +205,7 @@ def test_what_is_removed_later_is_merged_in_the_end(tmp_path, base):
     run = leave(tmp_path, recipe(base, LORA | {"merge": True}, prune=prune, training=SHORT))
     loaded = load_pipeline(str(tmp_path)).transformer
     assert len(loaded.transformer_blocks) == 2
-    torch.testing.assert_close(predict(loaded), predict(run.eval_model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predict(loaded), predict((run.ema or run).model), rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_of_new_weights_is_a_mistake():

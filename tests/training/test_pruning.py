@@ -325,7 +325,7 @@ def test_scores_of_another_model_or_data_set_are_refused(tmp_path):
 
 def test_a_pruned_model_saves_loads_and_prunes_again(tmp_path):
     run = trained(pruned({"type": "written", "remove": [1, 3]}))
-    run.components.pipeline(run.eval_model).save_pretrained(tmp_path / "pruned")
+    run.components.pipeline((run.ema or run).model).save_pretrained(tmp_path / "pruned")
     section = {"pretrained": str(tmp_path / "pruned")}
     again = tiny(prune={"type": "one_shot", "ratio": 0.25, "draws": DRAWS})
     again["pipeline"] = section

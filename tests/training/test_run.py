@@ -226,7 +226,7 @@ def test_half_precision_is_not_pretended():
 
 def test_samples_are_drawn_without_dropout_also_without_an_average():
     run = Run(tiny_recipe(training={"ema": None}), None)
-    first, second = (run.evaluator.grid(run.eval_model).pictures for _ in range(2))
+    first, second = (run.evaluator.grid((run.ema or run).model).pictures for _ in range(2))
     assert torch.equal(first, second) and run.model.training
 
 

@@ -88,7 +88,7 @@ def test_stickers_train_on_latents_frame_by_frame(tmp_path: Path, places) -> Non
         mean = run.components.vae.encode(pixels).latent_dist.mean.transpose(0, 1)
     assert torch.allclose(run.data.train.tensor[0, :3], mean, atol=1e-5)
     train(run)
-    assert run.evaluator.samples(run.eval_model, 2).shape == (2, 3, FRAMES, 8, 8)
+    assert run.evaluator.samples((run.ema or run).model, 2).shape == (2, 3, FRAMES, 8, 8)
 
 
 def test_padded_frames_have_no_say(places) -> None:
@@ -129,3 +129,14 @@ WRONG = {
 def test_recipes_say_what_does_not_go_together(said: str) -> None:
     with pytest.raises(UserError, match=said):
         compose([*BASE, *WRONG[said]])
+
+
+def test_what_is_measured_as_it_is_never_trained_is_said(places, caplog) -> None:
+    guided = {"held_out": {"images": 2, "noise_levels": 4}, "guidance_scale": 2, "frame_guidance_scale": 3}
+    Run(sticker_recipe(places, masks={"type": "none"}, evaluation=guided), None)
+    assert "evaluation.task: it2v is measured, but the tasks that are trained are t2v" in caplog.text
+    assert "evaluation.guidance_scale needs masks.uncond above 0" in caplog.text
+    assert "evaluation.frame_guidance_scale needs masks.uncond above 0" in caplog.text
+    caplog.clear()
+    Run(sticker_recipe(places, evaluation=guided), None)
+    assert "evaluation." not in caplog.text

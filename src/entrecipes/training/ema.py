@@ -50,6 +50,13 @@ class EmaModel:
         if buffers:
             torch._foreach_copy_(buffers, their_buffers)
 
+    def collect(self) -> nn.Module:
+        """The averaged model, up to date. All processes have to call it."""
+        return self.model
+
+    def share_out(self) -> None:
+        """Go on from what was loaded into `model`."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights and buffers by name."""
         return self.model.state_dict()

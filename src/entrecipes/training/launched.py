@@ -21,12 +21,13 @@ def check_launch(training: Training, device: torch.device, world_size: int) -> N
     Raises:
         UserError: Naming what to launch or to set instead.
     """
-    sharded = [kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
-    if sharded:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError(
-            f"{sharded[0]}: the averaged model and exact checkpoints are not written for sharded weights yet; "
-            "launch with recipes/accelerate/ddp.yaml, or on one process"
+            "DeepSpeed: it takes over the optimizer's steps, which this trainer's exact checkpoints and block schedules "
+            "need; launch with recipes/accelerate/fsdp.yaml (as ZeRO-3) or fsdp_zero2.yaml (as ZeRO-2)"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("FSDP 1: set fsdp_version: 2, as recipes/accelerate/fsdp.yaml does")
     if training.precision == "fp16" and device.type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; on a CPU take bf16, or no")
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from entrecipes.diffusion.adapter_folder import FOLDER
 from entrecipes.diffusion.quantised import size
@@ -43,8 +43,10 @@ def publish(run: Run, name: str, **more: Any) -> None:
         more: Further facts for `run.json`.
     """
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
+    with run.eval_model() as model:
+        if run.accelerator.is_main_process:
+            save_pipeline(run, model, run.folder)
     if run.accelerator.is_main_process:
-        save_pipeline(run, run.folder)
         run.noise.publish(run.folder, run.components.scheduler)
         run.pruner.publish(run.folder)
         for path in run.grid_path.parent.glob(f"{run.grid_path.stem}.*"):
@@ -55,7 +57,7 @@ def publish(run: Run, name: str, **more: Any) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def save_pipeline(run: Run, folder: Path) -> None:
+def save_pipeline(run: Run, model: nn.Module, folder: Path) -> None:
     """Save the evaluated weights, as a stock pipeline or as an adapter; what was there goes only for a whole one."""
     pipeline, adapter = folder / "pipeline", folder / FOLDER
     target, other = (adapter, pipeline) if run.adapter.published_alone else (pipeline, adapter)
@@ -64,11 +66,11 @@ def save_pipeline(run: Run, folder: Path) -> None:
     try:
         if run.adapter.published_alone:
             section = run.recipe.pipeline
-            run.adapter.publish(run.eval_model, partial, section.pretrained, section.revision, target)
+            run.adapter.publish(model, partial, section.pretrained, section.revision, target)
             if run.components.family.kind == "clips":  # a pipeline brings its source along, an adapter does not
                 shutil.copyfile(inspect.getfile(run.components.family.pipeline_class), partial / "pipeline.py")
         else:
-            run.components.pipeline(run.adapter.merged(run.eval_model)).save_pretrained(partial)
+            run.components.pipeline(run.adapter.merged(model)).save_pretrained(partial)
         if run.components.family.kind in ("clips", "stickers"):
             leave_example(run, partial)
         run.noise.publish(partial, run.components.scheduler)
@@ -160,7 +162,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
 def sticker_facts(run: Run) -> dict[str, Any]:
     """What the card says of clips, texts and tasks, and what its snippet asks for."""
     train, text, tasks = run.data.images.train, run.components.text, run.masks.tasks
-    moving, frames = int((train.lengths > 1).sum()), train.tensor.shape[2]
+    moving, frames = int((train.lengths > 1).sum()), train.shape[1]
     return {
         "clips": moving,
         "stills": len(train) - moving,

@@ -14,7 +14,6 @@ from entrecipes.recipe.curriculum import TaskCurriculumKeys
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
 from entrecipes.training.run import Run
-from entrecipes.training.snapshots import match_memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +54,8 @@ def state_of(run: Run) -> dict[str, Any]:
     """Everything that decides anything from here on."""
     scaler = run.accelerator.scaler
     return {
-        "model": run.adapter.state_dict(run.model),
-        "ema": run.adapter.state_dict(run.ema.model) if run.ema else {},
+        **run.weights(),
         "adapter": run.adapter.identity(),
-        "optimizer": run.optimizer.optimizer.state_dict(),
         "noise": run.noise.state_dict(),
         "blocks": run.blocks.state_dict(),
         "prune": run.pruner.state_dict(),
@@ -110,11 +107,7 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
         run.curriculum.load_state_dict(state.get("curriculum", {}))
         run.blocks.load_state_dict(state["blocks"])
         run.wrap()
-        run.adapter.load_state_dict(run.model, state["model"])
-        if run.ema:
-            run.adapter.load_state_dict(run.ema.model, state["ema"] or state["model"])
-        run.optimizer.optimizer.load_state_dict(state["optimizer"])
-        match_memory_format(run.optimizer.optimizer)
+        run.load_weights(state)
         run.noise.load_state_dict(state["noise"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 
-from entrecipes.blocks.pruning import Subject
 from entrecipes.blocks.schedule import guard_group_norms
 from entrecipes.data.loader import Batch, batches
 from entrecipes.data.opening import open_data
@@ -26,22 +24,30 @@ from entrecipes.diffusion.pipelines import Components, best_device, load_compone
 from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
-from entrecipes.evaluation.scoring import Scoring
 from entrecipes.information.values import value_statistics
 from entrecipes.noise.base import RunFacts
 from entrecipes.recipe.base import build
 from entrecipes.recipe.schema import Recipe
 from entrecipes.samples.masks import EVERYTHING, Frames
+from entrecipes.training.checks import check_condition_is_learned, null_label
 from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
 from entrecipes.training.launched import check_launch
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
-from entrecipes.training.snapshots import restore, snapshot
+from entrecipes.training.sharding import (
+    ShardedEma,
+    WholeCopy,
+    asked_for,
+    check_sharded,
+    keep_names,
+    prepare_to_shard,
+    settle_moments,
+    whole,
+)
+from entrecipes.training.subject import subject_of
 from entrecipes.training.tracking import Listener, RunLog, check_trackers
 from entrecipes.training.window import Window
-
-logger = logging.getLogger(__name__)
 
 FACTS_IMAGES = 512
 """Images that the scale of the data is measured on."""
@@ -88,24 +94,20 @@ class Run:
         with self.accelerator.main_process_first():  # what the first one caches the others find
             self.data = open_data(recipe.data, self.components, self.device)
         self.space = self.data.space
-        self.model = self.components.model.to(self.device)
+        self.sharded = asked_for()
+        if self.sharded:
+            check_sharded(recipe)
+        self.model = self.components.model.to("cpu" if self.sharded else self.device)  # to the device shard by shard
         self.adapter = build("adapter", recipe.blocks.adapter, model=self.model, seed=training.seed)
         self._prepare_model()
-        self.ema = EmaModel(training.ema, self.model, self.adapter.eligible) if training.ema and not parts else None
+        averaged = ShardedEma if self.sharded else EmaModel
+        self.ema = averaged(training.ema, self.model, self.adapter.eligible) if training.ema and not parts else None
+        self.copy = WholeCopy(self.model) if self.sharded else None
         self.objective = Objective(recipe.objective, self.components.path)
         self.random = StepRandom(
             training.seed, training.batch_size, self.accelerator.process_index, self.world_size, self.device
         )
-        self.null_label = self.components.family.null_label(self.model) if training.label_dropout else None
-        if training.label_dropout and self.null_label is None:
-            family = self.components.family
-            raise UserError(
-                f"training.label_dropout has no effect: {family.pipeline_class.__name__}, the stock pipeline of "
-                f"{family.model_class}, has no guidance; remove the key"
-            )
-        labelled = self.components.family.kind != "stickers"
-        if recipe.evaluation.guidance_scale != 1 and not training.label_dropout and recipe.pipeline.build and labelled:
-            logger.warning("evaluation.guidance_scale needs training.label_dropout: no sample trains its null label")
+        self.null_label = null_label(recipe, self.components)
 
         self.images, self.stop_requested = 0, False
         self.window = Window(3, self.device)
@@ -113,7 +115,7 @@ class Run:
         self.log = RunLog(folder, self.accelerator, listener)
         shard = Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
-        self.evaluator.check(self.eval_model, self.accelerator.main_process_first)
+        self.evaluator.check((self.ema or self).model, self.accelerator.main_process_first)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
         kind = "latents" if self.space.latent else self.components.family.kind
         frames = getattr(recipe.data, "frames", None) if self.components.family.kind == "stickers" else None
@@ -129,10 +131,10 @@ class Run:
             device=self.device,
         )
         self.costs = StepCosts(self.model)
-        subject = self.subject()
+        subject = subject_of(self)
         self.pruner = build("prune", recipe.prune, subject=subject)
         self.blocks = build("blocks", recipe.blocks, subject=subject)
-        self._check_condition_is_learned()
+        check_condition_is_learned(recipe, self.components.family, self.model, self.adapter)
         self.wrap()
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -147,27 +149,6 @@ class Run:
         known = value_statistics(self.evaluator.clean(FACTS_IMAGES))
         return RunFacts(**known, images=self.recipe.training.images, weight=self.objective.weight)
 
-    def subject(self) -> Subject:
-        """What a pruner may know and touch."""
-        share = self.recipe.training.batch_size // self.world_size
-        batch_size = self.recipe.training.micro_batch_size or share
-        return Subject(
-            components=self.components,
-            copies=(self.ema.model,) if self.ema else (),
-            images=self.recipe.training.images,
-            seed=self.recipe.training.seed,
-            objective=self.objective,
-            noise=self.noise,
-            scoring=lambda draws, split="train": Scoring.on_images(
-                draws, self.components, self.data, self.device, batch_size, split=split
-            ),
-            agree=lambda value: broadcast_object_list([value])[0],
-            eligible=lambda name: self.adapter.eligible(name) and self.curriculum.eligible(name),
-            clock=lambda: self.window.elapsed,
-            snapshot=lambda: snapshot(self),
-            restore=lambda state: restore(self, state),
-        )
-
     def _prepare_model(self) -> None:
         training = self.recipe.training
         if training.channels_last:
@@ -176,36 +157,27 @@ class Run:
             self.model.enable_gradient_checkpointing()
         self.model.train()
 
-    def _check_condition_is_learned(self) -> None:
-        """Refuse a layer that knows nothing of the condition yet and is never trained. Raises UserError."""
-        layer = self.components.family.blind_layer(self.model)
-        if layer is None:
-            return
-        names = [name for name, _ in self.model.named_parameters() if name.startswith(f"{layer}.")]
-        trained = [name for name in names if not name.endswith("bias") and self.adapter.eligible(name)]
-        if not trained or getattr(self.recipe.blocks, "inputs", "always") == "never":
-            raise UserError(
-                f"blocks: {layer} does not read the poses yet (its weights for them are 0) and would not be trained; "
-                f"set blocks.inputs: always, take adapter difffit, or name '{layer}' in blocks.adapter.targets, too"
-            )
-
     def wrap(self) -> None:
         """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
-        if self.optimizer is not None:  # undo accelerate's wrapping, so that it is applied afresh, autocast included
+        if self.sharded and self.optimizer is None:
+            prepare_to_shard(self.accelerator, self.model)
+        elif not self.sharded and self.optimizer is not None:  # undo accelerate's wrapping, autocast included
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
-            self.accelerator._models.clear()
-            self.accelerator._optimizers.clear()
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
         if self.device.type == "cpu" and not all(p.requires_grad for p in self.model.parameters()):
             guard_group_norms(self.model)
         previous = getattr(self.optimizer, "optimizer", None)
         optimizer = build_optimizer(self.recipe.optimizer, self.model, previous)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.sharded:
+            keep_names(self.model)
         self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         if self.recipe.training.compile and previous is None:
             self.model.compile()
-        if self.ema:
-            self.ema.follow(self.model)  # preparing may have given the weights new storage
+        for follower in filter(None, (self.ema, self.copy)):
+            follower.follow(self.model)  # preparing may have given the weights new storage
         self.denoiser = Denoiser(self.wrapped, self.components.family, self.components.path)
         self.costs.begin(self.model)
 
@@ -260,7 +232,7 @@ class Run:
     def clip_gradients(self) -> Tensor | None:
         """Clip the gradient's norm if the recipe says so; returns the norm before, on the device."""
         limit = self.recipe.training.clip_grad_norm
-        return self.accelerator.clip_grad_norm_(self.trainable, limit) if limit else None
+        return whole(self.accelerator.clip_grad_norm_(self.trainable, limit)) if limit else None
 
     def update_ema(self) -> None:
         """Move the averaged model."""
@@ -333,7 +305,31 @@ class Run:
         """The sample grid drawn at the images seen so far."""
         return self.folder / "samples" / f"images-{self.images:012d}.png"
 
-    @property
-    def eval_model(self) -> Any:
-        """The weights that are evaluated and published: the averaged ones, or the trained ones without EMA."""
-        return self.ema.model if self.ema else self.model
+    @contextlib.contextmanager
+    def eval_model(self) -> Iterator[Any]:
+        """The weights that are evaluated and published, whole and on the device: the averaged ones, or without EMA the
+        trained ones. All processes have to ask for them."""
+        if not self.sharded:
+            yield self.ema.model if self.ema else self.model
+            return
+        model = (self.ema or self.copy).collect()
+        yield model.to(self.device)
+        model.to("cpu")
+
+    def weights(self) -> dict[str, Any]:
+        """What training moves, whole: the weights that may be trained, their average and the optimizer's state."""
+        return {
+            "model": self.adapter.state_dict(self.copy.collect() if self.copy else self.model),
+            "ema": self.adapter.state_dict(self.ema.collect()) if self.ema else {},
+            "optimizer": whole(self.optimizer.optimizer.state_dict()),
+        }
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Restore what `weights` gave; the optimizer must be over the same weights as then."""
+        self.adapter.load_state_dict(self.copy.model if self.copy else self.model, state["model"])
+        if self.ema:
+            self.adapter.load_state_dict(self.ema.model, state["ema"] or state["model"])
+        for follower in filter(None, (self.ema, self.copy)):
+            follower.share_out()
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        settle_moments(self.optimizer.optimizer)

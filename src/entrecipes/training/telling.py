@@ -23,7 +23,8 @@ def begin(run: Run) -> None:
         measure_when_due(run, run.images - run.recipe.training.batch_size)
         return
     if run.recipe.evaluation.every:
-        _log_nats(run, run.evaluator.nats(run.eval_model))
+        with run.eval_model() as model:
+            _log_nats(run, run.evaluator.nats(model))
     run.window.clear()
     run.advance_blocks()
 
@@ -35,19 +36,22 @@ def measure_when_due(run: Run, before: int) -> None:
     """
     evaluation, training, evaluator = run.recipe.evaluation, run.recipe.training, run.evaluator
     nats_due, metrics_due = run.due(evaluation.every, before), run.due(evaluation.metrics_every, before)
-    with run.window.paused():
-        nats = evaluator.nats(run.eval_model) if nats_due or metrics_due else {}
+    samples_due = run.folder is not None and run.experts.samples and run.due(training.sample_every, before)
+    if not (nats_due or metrics_due or samples_due):
+        return
+    with run.window.paused(), run.eval_model() as model:
+        nats = evaluator.nats(model) if nats_due or metrics_due else {}
         if nats_due:
             _log_nats(run, nats)
-        if run.folder and run.experts.samples and run.due(training.sample_every, before):
-            grid = evaluator.grid(run.eval_model)
+        if samples_due:
+            grid = evaluator.grid(model)
             if run.accelerator.is_main_process:
                 save_grid(grid.pictures, run.grid_path, grid.columns, grid.scale, grid.texts)
                 if grid.moving is not None:
                     save_moving(grid.moving, run.grid_path.with_suffix(".gif"), grid.scale)
         if metrics_due:
             origin = {"images": run.images, "training_seed": training.seed, "ema": training.ema is not None}
-            for metric in evaluator.metrics(run.eval_model, nats, origin):
+            for metric in evaluator.metrics(model, nats, origin):
                 run.log.write("metric", run.images, **asdict(metric))
 
 
