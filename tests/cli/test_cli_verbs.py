@@ -40,6 +40,7 @@ def test_the_verbs_are_these() -> None:
         "evaluate",
         "diagnose",
         "score",
+        "report",
         "data",
     )
 

@@ -25,6 +25,7 @@ VERBS = (
     "evaluate",
     "diagnose",
     "score",
+    "report",
     "data",
 )
 

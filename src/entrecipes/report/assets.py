@@ -12,7 +12,6 @@ from entrecipes.report.prune_plots import draw_prune_plots
 from entrecipes.report.run_folder import RunFolder
 from entrecipes.report.stickers import draw_sticker_plots
 
-
 DRAWERS = (
     draw_plots,
     draw_noise_plots,

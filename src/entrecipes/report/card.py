@@ -54,16 +54,47 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         UserError: When a file that the card needs is missing or damaged, or a metric is not finite (named).
     """
     folder = RunFolder(folder)
-    run, metrics = folder.run, facts.metrics(folder)
-    pipeline = folder.path / published(run)
+    pipeline = folder.path / published(folder.run)
     plots = draw_assets(folder)
     shown = {"samples": folder.samples[-1][1]} if folder.samples else {}
     shown |= {"moving": folder.moving} if folder.moving else {}
     for name, path in shown.items():
         (folder.path / "assets").mkdir(exist_ok=True)
         plots[name] = Path(shutil.copyfile(path, folder.path / "assets" / f"samples{path.suffix}"))
-    blocks, stock = BlockRun(folder), folder.path / STOCK
-    card = ModelCard.from_template(
+    path = folder.path / "README.md"
+    _card(folder, plots, repo_id).save(path)
+    if pipeline.is_dir():
+        shutil.copyfile(path, pipeline / "README.md")
+        shutil.copyfile(folder.path / "recipe.yaml", pipeline / "recipe.yaml")
+        if plots:
+            shutil.copytree(folder.path / "assets", pipeline / "assets", dirs_exist_ok=True)
+    return path
+
+
+def card_on_hub(folder: str | Path, repo_id: str, revision: str | None = None) -> str:
+    """The model card of a finished run as it reads on the Hub, with the pictures that `write_card` has left.
+
+    Args:
+        folder: The run folder, which stays as it is.
+        repo_id: Hub id that the card's snippets load.
+        revision: The branch that they name; None: main.
+
+    Raises:
+        UserError: As `write_card`.
+    """
+    folder = RunFolder(folder)
+    drawn = (folder.path / published(folder.run) / "assets").glob("*.*")
+    names = {"samples.gif": "moving"}
+    return str(_card(folder, {names.get(path.name, path.stem): path for path in drawn}, repo_id, revision))
+
+
+def _card(
+    folder: RunFolder, plots: dict[str, Path], repo_id: str | None = None, revision: str | None = None
+) -> ModelCard:
+    run, metrics, blocks = folder.run, facts.metrics(folder), BlockRun(folder)
+    pipeline, stock = folder.path / published(run), folder.path / STOCK
+    place = repo_id or as_seen(pipeline)
+    return ModelCard.from_template(
         _card_data(folder, metrics),
         template_path=str(TEMPLATE),
         run=run,
@@ -74,10 +105,11 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         own_source=brings_source(run),
         needed=needed(run),
         adapter_name=SIDE_ADAPTERS.get((run.get("adapter") or {}).get("type"), "A LoRA adapter"),
-        snippet=snippet(run, repo_id or as_seen(pipeline)),
+        snippet=snippet(run, place, revision),
         shows_people=brings_source(run) and not run["data"].get("rendered"),
         base=folder.recipe["pipeline"].get("pretrained"),
-        infonoise=(repo_id or as_seen(pipeline)) if (pipeline / "infonoise").is_dir() else None,
+        infonoise=place if (pipeline / "infonoise").is_dir() else None,
+        revision=revision,
         local=repo_id is None,
         held_out=facts.held_out_text(folder),
         noise_schedule=facts.noise_schedule_text(folder),
@@ -87,7 +119,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         stickers=stickers(folder),
         kind=kind(folder),
         captions=facts.captions(folder) if kind(folder) == KIND else [],
-        ways=ways_to_load(pipeline, stock, repo_id or as_seen(pipeline), as_seen(stock)) if routes(run) else [],
+        ways=ways_to_load(pipeline, stock, place, None if repo_id else as_seen(stock), revision) if routes(run) else [],
         tables={
             "Data": facts.data_rows(run),
             "Speed and memory": facts.speed_rows(run) + blocks.speed_rows(),
@@ -96,14 +128,6 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
         recipe=folder.recipe_text.strip(),
         cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     )
-    path = folder.path / "README.md"
-    card.save(path)
-    if pipeline.is_dir():
-        shutil.copyfile(path, pipeline / "README.md")
-        shutil.copyfile(folder.path / "recipe.yaml", pipeline / "recipe.yaml")
-        if plots:
-            shutil.copytree(folder.path / "assets", pipeline / "assets", dirs_exist_ok=True)
-    return path
 
 
 def published(run: dict[str, Any]) -> str:

@@ -15,34 +15,38 @@ def routes(run: dict[str, Any]) -> bool:
     return run["pipeline"]["class"] == PIPELINE_CLASS
 
 
-def ways_to_load(pipeline: Path, stock: Path, place: str, shown_stock: str) -> list[tuple[str, str]]:
+def ways_to_load(
+    pipeline: Path, stock: Path, place: str, shown_stock: str | None, revision: str | None = None
+) -> list[tuple[str, str]]:
     """What there is besides loading it whole with entrecipes, as pairs of a sentence and the Python that does it.
 
     Args:
         pipeline: The pipeline's folder.
         stock: The folder of the experts as stock models, if there is one.
         place: The pipeline's folder or Hub id, as the card's reader names it.
-        shown_stock: The folder of stock models, likewise.
+        shown_stock: The folder of stock models, likewise; None: it is `stock/` in the repository.
+        revision: Of the Hub id.
     """
     found = []
     if (pipeline / "pipeline.py").is_file():
         sentence = "Where entrecipes is not installed, diffusers runs the source that lies beside the weights:"
-        options = "custom_pipeline=folder, trust_remote_code=True"
+        options = f"custom_pipeline=folder, trust_remote_code=True{at(revision)}{at(revision, 'custom_revision')}"
         lines = [f'folder = "{place}"', f"pipeline = DiffusionPipeline.from_pretrained(folder, {options})"]
         found.append((sentence, _code("from diffusers import DiffusionPipeline", *lines)))
     classes = {expert: _class_of(expert) for expert in experts_in(pipeline / DENOISER)}
     if classes:
         expert, of = next(iter(classes.items()))
         library = "diffusers" if _in_diffusers(of) else "entrecipes"
-        load = f'expert = {of}.from_pretrained("{place}", subfolder="{DENOISER}/{expert.name}")'
+        load = f'expert = {of}.from_pretrained("{place}", subfolder="{DENOISER}/{expert.name}"{at(revision)})'
         found.append(("One expert alone:", _code(f"from {library} import {of}", load)))
     if copies := experts_in(stock):
         of = _class_of(copies[0])
         sentence = (
-            f"In `{shown_stock}` the experts are stock models of the base's size, their missing channels zero: the "
+            f"In `{shown_stock or STOCK}` the experts are stock models of the base's size, their missing channels zero: the "
             "same outputs in plain diffusers, not faster:"
         )
-        load = f'expert = {of}.from_pretrained("{shown_stock}/{copies[0].name}")'
+        where = f'"{place}", subfolder="{STOCK}/{copies[0].name}"{at(revision)}'
+        load = f"expert = {of}.from_pretrained({where if shown_stock is None else _quoted(shown_stock, copies[0])})"
         found.append((sentence, _code(f"from diffusers import {of}", load)))
     return found
 
@@ -51,6 +55,15 @@ def experts_in(folder: Path) -> list[Path]:
     """The folders of experts, in their order."""
     found = [path for path in folder.glob("expert_*") if (path / "config.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("expert_")))
+
+
+def at(revision: str | None, name: str = "revision") -> str:
+    """The argument that names a revision on the Hub; nothing where that is None."""
+    return f', {name}="{revision}"' if revision else ""
+
+
+def _quoted(folder: str, copy: Path) -> str:
+    return f'"{folder}/{copy.name}"'
 
 
 def _class_of(folder: Path) -> str:

@@ -114,9 +114,7 @@ def draw_plots(folder: RunFolder) -> dict[str, Path]:
         "throughput": (throughput, train),
     }
     return {
-        name: draw(folder.assets / f"{name}.png", plot, records)
-        for name, (plot, records) in plots.items()
-        if records
+        name: draw(folder.assets / f"{name}.png", plot, records) for name, (plot, records) in plots.items() if records
     }
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from entrecipes.report.experts_loading import routes
+from entrecipes.report.experts_loading import at, routes
 from entrecipes.report.stickers import KIND
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -15,7 +15,7 @@ SIDE_ADAPTERS = {"simda": "A SimDA adapter", "i2v_adapter": "An I2V-Adapter"}
 """Those that diffusers' AutoModel loads with the source beside them, and what the card calls them."""
 
 
-def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
+def snippet(run: dict[str, Any], folder_or_repo: str | Path, revision: str | None = None) -> str:
     """Python that loads the pipeline with diffusers and torch alone and writes `samples.png`.
 
     A pipeline of our own needs entrecipes too, and prints sequences. Those of clips and stickers bring their source
@@ -25,16 +25,19 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
     Args:
         run: The facts of `run.json`.
         folder_or_repo: The pipeline folder or Hub id.
+        revision: Branch, tag or commit of the Hub id; None: main.
     """
     pipeline, adapter = run["pipeline"], run.get("adapter")
     place = folder_or_repo.as_posix() if isinstance(folder_or_repo, Path) else folder_or_repo
     count = min(pipeline.get("num_classes") or 10, 10)
-    named, target, options = [], f'"{place}"', ""
+    on_hub = isinstance(folder_or_repo, str) and not Path(place).is_dir()
+    named, target, source = [], f'"{place}"', ""
     if brings_source(run):
-        on_hub = isinstance(folder_or_repo, str) and not Path(place).is_dir()
-        example = f"https://huggingface.co/{place}/resolve/main/example" if on_hub else f"{place}/example"
+        example = (
+            f"https://huggingface.co/{place}/resolve/{revision or 'main'}/example" if on_hub else f"{place}/example"
+        )
         named, target = _named(run, place, example), "folder"
-        options = ", custom_pipeline=folder, trust_remote_code=True"
+        source = f", custom_pipeline=folder, trust_remote_code=True{at(revision, 'custom_revision')}"
         loader, result = "DiffusionPipeline", "frames"
         beside = adapter and adapter["type"] in SIDE_ADAPTERS
         imports = [f"from diffusers import {'AutoModel, ' if beside else ''}{loader}"]
@@ -55,11 +58,11 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path) -> str:
         resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
         result = "images"
         last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'
-    loading = [f"pipeline = {loader}.from_pretrained({target}{options})"]
+    loading = [f"pipeline = {loader}.from_pretrained({target}{at(revision)}{source})"]
     if adapter:
         if samples_stickers(run):  # there the base brings the source along
-            options = f', custom_pipeline="{_base(adapter)}", trust_remote_code=True'
-        more, loading = adapter_lines(adapter, loader, place, options)
+            source = f', custom_pipeline="{_base(adapter)}", trust_remote_code=True'
+        more, loading = adapter_lines(adapter, loader, place, source, on_hub, revision)
         imports = sorted([*imports, *more])
     return "\n".join(
         [
@@ -113,24 +116,31 @@ def _arguments(run: dict[str, Any], count: int) -> list[str]:
     return [*asked, f"num_inference_steps={pipeline['steps']}", "generator=torch.Generator().manual_seed(0)"]
 
 
-def adapter_lines(adapter: dict[str, Any], loader: str, place: str, options: str = "") -> tuple[list[str], list[str]]:
-    """Imports and lines that load the base with `loader`, and the adapter in the folder `place` on it."""
-    base = _base(adapter)
-    revision = f', revision="{adapter["revision"]}"' if adapter["revision"] else ""
-    lines = [f'pipeline = {loader}.from_pretrained("{base}"{revision}{options})']
-    model = f"pipeline.{adapter['component']}"
+def adapter_lines(
+    adapter: dict[str, Any],
+    loader: str,
+    place: str,
+    options: str = "",
+    on_hub: bool = False,
+    revision: str | None = None,
+) -> tuple[list[str], list[str]]:
+    """Imports and lines that load the base with `loader`, and on it the adapter in a folder or Hub id, `place`."""
+    lines = [f'pipeline = {loader}.from_pretrained("{_base(adapter)}"{at(adapter["revision"])}{options})']
+    model, where = f"pipeline.{adapter['component']}", f'"{place}"{at(revision)}'
     if adapter["type"] in SIDE_ADAPTERS:
-        return [], [*lines, f'AutoModel.from_pretrained("{place}", trust_remote_code=True).attach({model})']
+        return [], [*lines, f"AutoModel.from_pretrained({where}, trust_remote_code=True).attach({model})"]
     if adapter["loads_itself"]:
-        return [], [*lines, f'{model}.load_lora_adapter("{place}", prefix=None, weight_name="{LORA_FILE}")']
+        return [], [*lines, f'{model}.load_lora_adapter({where}, prefix=None, weight_name="{LORA_FILE}")']
     imports = [
         "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
         "from safetensors import safe_open",
         "from safetensors.torch import load_file",
+        *["from huggingface_hub import hf_hub_download"] * on_hub,
     ]
+    weights = f'hf_hub_download("{place}", "{LORA_FILE}"{at(revision)})' if on_hub else f'"{place}/{LORA_FILE}"'
     return imports, [
         *lines,
-        f'weights = "{place}/{LORA_FILE}"',
+        f"weights = {weights}",
         'with safe_open(weights, "pt") as file:',
         '    config = LoraConfig(**json.loads(file.metadata()["lora_adapter_metadata"]))',
         f"inject_adapter_in_model(config, {model})",

@@ -1,0 +1,163 @@
+"""The numbers of several runs beside one another: only what was measured in the same way shares a column."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from entrecipes.evaluation.result import Metric
+from entrecipes.recipe.changes import HARMLESS
+from entrecipes.report import facts
+from entrecipes.report.comparison.arms import Spread
+from entrecipes.report.comparison.tables import Table, factors, spread_text
+from entrecipes.report.gallery.folder import ComparisonFolder
+from entrecipes.report.gallery.run import GalleryRun
+from entrecipes.report.plots import short
+
+OF_THE_RUN = ("images", "training_seed")
+"""Facts of a metric's origin that tell of the run and not of how it was measured."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, what it is sorted by (None: last, whichever way), whether it is the best of its column."""
+
+    text: str = ""
+    value: float | str | None = None
+    best: bool = False
+
+
+@dataclass
+class Column:
+    """One metric, measured in one way.
+
+    Args:
+        name: The metric's.
+        note: How it differs from the other columns of that name; empty where there is none.
+        higher_is_better: Its direction.
+        found: The metric by run.
+    """
+
+    name: str
+    note: str
+    higher_is_better: bool
+    found: dict[str, Metric] = field(default_factory=dict)
+
+    @property
+    def direction(self) -> str:
+        """In words."""
+        return f"{'higher' if self.higher_is_better else 'lower'} is better"
+
+
+def columns(runs: Sequence[GalleryRun]) -> list[Column]:
+    """The metrics that at least two runs measured (all of them where there is one run), a column for each way of measuring.
+
+    Two runs' metrics are the same when their names, origins (but for the run's own images and seed) and data agree.
+    """
+    ways: dict[str, dict[str, Column]] = {}
+    origins: dict[str, dict[str, dict[str, str]]] = {}
+    for run in runs:
+        for metric in run.metrics:
+            origin = _way(run, metric)
+            key = json.dumps(origin, sort_keys=True)
+            origins.setdefault(metric.name, {})[key] = origin
+            column = Column(metric.name, "", metric.higher_is_better)
+            ways.setdefault(metric.name, {}).setdefault(key, column).found[run.id] = metric
+    shown = []
+    for name, found in ways.items():
+        if len(runs) > 1 and sum(len(column.found) for column in found.values()) < 2:
+            continue
+        for key, column in found.items():
+            column.note = _difference(origins[name][key], list(origins[name].values()))
+            shown.append(column)
+    return shown
+
+
+def summary(runs: Sequence[GalleryRun], shown: Sequence[Column]) -> dict[str, list[Cell]]:
+    """For each run the cells of images, speed, memory, trained and all parameters, then of the metrics' columns."""
+    best = {id(column): _best(column, runs) for column in shown}
+    table = {}
+    for run in runs:
+        keys = ("images_per_second", "peak_memory_gib", "trainable_parameters", "parameters")
+        values = [run.folder.images, *map(run.number, keys)]
+        texts = (facts.number, facts.number, facts.number, _count, _count)
+        cells = [
+            Cell() if value is None else Cell(text(value), value) for value, text in zip(values, texts, strict=True)
+        ]
+        cells[0] = Cell(f"{run.folder.images:,}", run.folder.images)
+        for column in shown:
+            metric = column.found.get(run.id)
+            is_best = run.id in best[id(column)]
+            cells.append(Cell(facts.value(metric), metric.value, is_best) if metric else Cell())
+        table[run.id] = cells
+    return table
+
+
+def comparison_table(comparison: ComparisonFolder) -> Table | None:
+    """A row an arm: how many times fewer images and seconds it needs, and every final number; None where none is left."""
+    record = comparison.record
+    if not record:
+        return None
+    names = dict.fromkeys(name for arm in record["arms"].values() for name in arm.get("values", {}))
+    header = ["arm", "differs from the baseline", "fewer images", "fewer seconds", *names]
+    rows = []
+    for name, arm in record["arms"].items():
+        baseline = name == record["baseline"]
+        times = [_times(arm.get(key)) for key in ("speedup_images", "speedup_seconds")]
+        changes = "; ".join(f"{key} {of['arm']}" for key, of in arm.get("differs_in", {}).items())
+        values = [_spread(arm.get("values", {}).get(key)) for key in names]
+        finals = [spread_text(spread) if spread else "" for spread in values]
+        rows.append([name, "baseline" if baseline else changes, *([""] * 2 if baseline else times), *finals])
+    seeds = record.get("seeds", [])
+    title = (
+        f"Over {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}: mean (lowest to highest), speed-ups as medians"
+    )
+    return Table(f"{title}; to the baseline's final {record['metric']}", header, rows)
+
+
+def _way(run: GalleryRun, metric: Metric) -> dict[str, str]:
+    """How a metric was measured: its origin, and the data section of the recipe as far as it decides anything."""
+    data = run.recipe.get("data") or {}
+    told = {f"data.{key}": value for key, value in data.items() if f"data.{key}" not in HARMLESS}
+    told |= {key.replace("_", " "): value for key, value in metric.origin.items() if key not in OF_THE_RUN}
+    return {key: str(value) for key, value in told.items() if value is not None}
+
+
+def _difference(origin: dict[str, str], others: list[dict[str, str]]) -> str:
+    """In words, where a way of measuring differs from the others: the data's name alone where that does."""
+    if len(others) == 1:
+        return ""
+    differing = [key for key in origin if len({json.dumps(other.get(key)) for other in others}) > 1]
+    if "data" in differing and len({other.get("data") for other in others}) == len(others):
+        return origin["data"]
+    told = [key for key in differing if not key.startswith("data.")] or differing
+    return ", ".join(f"{key} {origin[key]}" if key != "data" else origin[key] for key in told[:4])
+
+
+def _best(column: Column, runs: Sequence[GalleryRun]) -> set[str]:
+    """The finished runs with the best value, where at least two finished runs share the column."""
+    finished = {run.id for run in runs if run.finished}
+    values = {run: metric.value for run, metric in column.found.items() if run in finished}
+    if len(values) < 2:
+        return set()
+    best = (max if column.higher_is_better else min)(values.values())
+    return {run for run, value in values.items() if value == best}
+
+
+def _spread(record: dict[str, Any] | None) -> Spread:
+    """The numbers of comparison.json; null stands for `not reached`."""
+    by_seed = (record or {}).get("by_seed") or {}
+    return Spread({int(seed): -math.inf if value is None else value for seed, value in by_seed.items()})
+
+
+def _times(record: dict[str, Any] | None) -> str:
+    spread = _spread(record)
+    return factors(spread) if spread else ""
+
+
+def _count(value: float) -> str:
+    """`1.23M`."""
+    return short(float(f"{value:.3g}"))
