@@ -129,7 +129,7 @@ def _condition(pipeline: PoseVideoPipeline, reference: Tensor, poses: Tensor, ba
     parts = []
     for start in range(0, len(poses), batch_size):
         rows = slice(start, start + batch_size)
-        signed = [part[rows].to(pipeline.device).float() / 127.5 - 1 for part in (poses, reference)]
+        signed = [part[rows].to(pipeline._execution_device).float() / 127.5 - 1 for part in (poses, reference)]
         with torch.inference_mode():
             parts.append(pipeline.encode_condition(*signed).cpu())
     return torch.cat(parts)

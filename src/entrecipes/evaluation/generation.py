@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers.hooks import apply_group_offloading
+from torch import Tensor, nn
 
 from entrecipes.diffusion.family import Family
+from entrecipes.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,41 @@ class Shard:
     world_size: int = 1
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Concatenates equally sized tensors of all processes along the first dimension, in rank order."""
+
+
+def offload(pipeline: DiffusionPipeline, how: str, device: torch.device, folder: Path | None = None) -> None:
+    """Leave a pipeline's weights in the host's memory, and bring to the device what computes, while it does.
+
+    Args:
+        how: `model`: one model at a time, of experts one expert; nearly as fast as all on the device. `group`: one
+            layer at a time, on CUDA the next one copied while one computes; as slow as the copying, and weights hardly
+            count any more. Layers, not blocks, since models reach into blocks (DiT's head into the first one).
+        device: Where it computes.
+        folder: With `group`, keep the layers in files there in place of the host's memory.
+
+    Raises:
+        UserError: For single layers of a base in 4 bits, whose statistics diffusers leaves behind.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    if how == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+        for part in parts.values():
+            if hasattr(part, "enable_expert_offload"):
+                part.enable_expert_offload(device)
+        return
+    if any(hasattr(weight, "quant_state") for part in parts.values() for weight in part.parameters()):
+        raise UserError("--offload group: can't take layers in 4 bits apart; take --offload model")
+    streams = device.type == "cuda"
+    for name, part in parts.items():
+        for number, model in enumerate(getattr(part, "experts", [part])):  # each has its own order of layers
+            apply_group_offloading(
+                model,
+                device,
+                offload_type="leaf_level",
+                use_stream=streams,
+                record_stream=streams,
+                offload_to_disk_path=folder and str(folder / f"{name}-{number}"),
+            )
 
 
 def balanced_labels(count: int, num_classes: int) -> list[int]:

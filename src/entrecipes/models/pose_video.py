@@ -177,14 +177,14 @@ class PoseVideoPipeline(DiffusionPipeline):
                 f"{frames} frames of {size}: this VAE takes a multiple of {time} frames and one more, with sides that "
                 f"are multiples of {space}"
             )
-        mean, std = latent_scale(self.vae)
+        mean, std = latent_scale(self.vae, video.device)
         return (self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode().float() - mean) / std
 
     def _decode(self, latents: Tensor) -> Tensor:
         """The inverse: a video [n, 3, F, H, W] in [-1, 1]."""
         if self.vae is None:
             return latents.clamp(-1, 1)
-        mean, std = latent_scale(self.vae)
+        mean, std = latent_scale(self.vae, latents.device)
         return self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0].float()
 
 
@@ -209,9 +209,9 @@ def _rgb(images: Any) -> Any:
     return [_rgb(image) for image in images] if isinstance(images, list | tuple) else images
 
 
-def latent_scale(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents' channels, [1, C, 1, 1, 1] each."""
+def latent_scale(vae: AutoencoderKLWan, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents' channels, [1, C, 1, 1, 1] each, on the device (or the VAE's)."""
     return tuple(
-        torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
+        torch.tensor(values, device=device or vae.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )

@@ -222,7 +222,7 @@ class StickerPipeline(DiffusionPipeline):
         if not pairs:
             raise ValueError("prompt: this pipeline has no text encoder; give `prompt_embeds`")
         captions = [prompt] if isinstance(prompt, str) else [text or "" for text in prompt]
-        return encode_captions(captions, *zip(*pairs, strict=True), self.config.text_tokens)
+        return encode_captions(captions, *zip(*pairs, strict=True), self.config.text_tokens, self._execution_device)
 
     @property
     def vae_scale_factor(self) -> int:

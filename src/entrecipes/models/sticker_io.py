@@ -26,17 +26,19 @@ def encode_captions(
     encoders: Sequence[PreTrainedModel],
     tokenizers: Sequence[PreTrainedTokenizerBase],
     tokens: Sequence[int],
+    device: torch.device | None = None,
 ) -> Tensor:
     """Last hidden states of frozen text encoders, one encoder's tokens after the other's: float16 [n, T, D].
 
     T is the sum of `tokens`, D the widest encoder's hidden size; narrower states are followed by zeros. Padding is
-    zeros, and an empty caption nothing but zeros: that is how a model is told that there is no text (RDTF).
+    zeros, and an empty caption nothing but zeros: that is how a model is told that there is no text (RDTF). It is on
+    `device`, where encoders that are offloaded compute; None: where they are.
     """
     wide, there = max(encoder.config.hidden_size for encoder in encoders), [bool(text.strip()) for text in captions]
     parts = []
     for encoder, tokenizer, length in zip(encoders, tokenizers, tokens, strict=True):
         words = tokenizer(list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        ids, mask = (words[name].long().to(encoder.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (words[name].long().to(device or encoder.device) for name in ("input_ids", "attention_mask"))
         rows = mask.any(1) & torch.tensor(there, device=mask.device)
         part = torch.zeros(len(captions), length, wide, dtype=torch.float16, device=mask.device)
         if rows.any():  # some encoders refuse a batch without tokens
