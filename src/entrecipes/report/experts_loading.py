@@ -42,8 +42,8 @@ def ways_to_load(
     if copies := experts_in(stock):
         of = _class_of(copies[0])
         sentence = (
-            f"In `{shown_stock or STOCK}` the experts are stock models of the base's size, their missing channels zero: the "
-            "same outputs in plain diffusers, not faster:"
+            f"In `{shown_stock or STOCK}` the experts are stock models of the base's size, their missing channels zero: "
+            "the same outputs in plain diffusers, not faster:"
         )
         where = f'"{place}", subfolder="{STOCK}/{copies[0].name}"{at(revision)}'
         load = f"expert = {of}.from_pretrained({where if shown_stock is None else _quoted(shown_stock, copies[0])})"
