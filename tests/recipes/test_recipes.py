@@ -34,9 +34,12 @@ def commands(path: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stand_ins(tmp_path_factory.mktemp("people"))
+
+
+def stand_ins(folder: Path) -> Path:
     """Drawn videos with poses, a pixel model of 8 blocks and a latent one as it comes, without condition; a VAE of
     images, as strong as the usual one."""
-    folder = tmp_path_factory.mktemp("people")
     clips, keypoints = figures(3, 24, size=16)
     (folder / "videos").mkdir()
     for i in range(3):
