@@ -41,6 +41,7 @@ def test_the_verbs_are_these() -> None:
         "diagnose",
         "score",
         "report",
+        "push",
         "data",
     )
 

@@ -26,6 +26,7 @@ VERBS = (
     "diagnose",
     "score",
     "report",
+    "push",
     "data",
 )
 

@@ -105,6 +105,7 @@ def _shortened(recipe: Recipe, images: int, folder: Path, what: str) -> dict[str
     values["description"] += f" ({what})"
     values["training"] |= {"images": images, "output": str(folder)}
     values["evaluation"] |= {"metrics": [], "metrics_every": None}
+    values["hub"] = {}  # only the whole is pushed
     schedule = values["optimizer"]["schedule"]
     schedule["decay_start"] = round(schedule["decay_start"] * share)
     if isinstance(recipe.noise, InfoNoiseSection):

@@ -42,7 +42,7 @@ def ways_to_load(
     if copies := experts_in(stock):
         of = _class_of(copies[0])
         sentence = (
-            f"In `{shown_stock or STOCK}` the experts are stock models of the base's size, their missing channels zero: "
+            f"In `{shown_stock or STOCK}` the experts are stock models of the base's size, missing channels zero: "
             "the same outputs in plain diffusers, not faster:"
         )
         where = f'"{place}", subfolder="{STOCK}/{copies[0].name}"{at(revision)}'

@@ -37,6 +37,7 @@ from entrecipes.training.expert_search import ExpertSearch
 from entrecipes.training.launch import Interrupted, make_room, run_folder, run_recipe, stopping_at_signals
 from entrecipes.training.planning import said
 from entrecipes.training.publish import publish
+from entrecipes.training.pushing import push_when_asked
 from entrecipes.training.run import Run
 from entrecipes.training.telling import measure_when_due
 from entrecipes.training.tracking import Listener
@@ -241,6 +242,8 @@ class TdcRun:
         measure_when_due(run, 0)
         publish(run, self.loaded.name, experts={key: plan[key] for key in plan if key not in ("format", "units")})
         run.accelerator.end_training()
+        if self.state.is_main_process:
+            push_when_asked(self.recipe, self.folder)
 
     def _save_stock(self, networks: Sequence[ModelMixin]) -> None:
         """Each expert as a stock model of the base's size."""

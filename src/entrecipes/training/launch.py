@@ -14,6 +14,7 @@ from entrecipes.recipe.load import LoadedRecipe
 from entrecipes.training.checkpoint import listed
 from entrecipes.training.loop import train
 from entrecipes.training.publish import publish
+from entrecipes.training.pushing import push_when_asked
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import Listener
@@ -70,6 +71,8 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
     publish(run, loaded.name)
     if last:
         run.accelerator.end_training()
+        if run.accelerator.is_main_process:
+            push_when_asked(recipe, folder)
     else:  # which would end the processes' connection, too
         for tracker in run.accelerator.trackers:
             tracker.finish()

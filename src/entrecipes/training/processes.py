@@ -114,7 +114,7 @@ class Runner:
         """Train one run to its end; returns why it failed, or nothing."""
         # A folder with another run: `never` moves it aside; else a run that was cut short goes on.
         resume = "never" if planned.foreign or _unreadable(planned) else "auto"
-        own = [f"training.output={json.dumps(str(planned.folder))}", f"training.resume={resume}"]
+        own = [f"training.output={json.dumps(str(planned.folder))}", f"training.resume={resume}", "hub.repo_id=null"]
         arguments = ["run", str(planned.recipe), *planned.overrides, *own]
         if why := self.processes.call(arguments, log_of(planned, self.output)):
             return why
