@@ -2,13 +2,13 @@
 
 It follows I2VGen-XL (Zhang et al. 2023) without its image and fps embeddings, and has a layer of its own between a
 resnet block and the attention, STI: between discrete frames the same thing moves far, so that a convolution over time
-alone, at one pixel, misses it. Of torch and diffusers alone, and saved beside the weights (as `entrecipes.py`, with
-`sti.py`): where entrecipes is not installed, diffusers loads the model from there, with `trust_remote_code=True`.
+alone, at one pixel, misses it. Of torch and diffusers alone, and saved beside the weights (as `entrecipes.py`, `sti.py`
+in it): where entrecipes is not installed, diffusers loads the model from there, with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .sti import ConditionProjection, Layout, Stage, few_heads  # diffusers finds what to copy by this form
+from .sti import ConditionProjection, Layout, Stage, few_heads  # `_source` finds it by this form
 
 
 @dataclass
@@ -225,9 +225,7 @@ class DFGNModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Save weights, configuration and source; options are diffusers' own."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
-            here, folder = Path(__file__), Path(save_directory)
-            shutil.copyfile(here, folder / "entrecipes.py")
-            shutil.copyfile(here.with_name("sti.py"), folder / "sti.py")
+            (Path(save_directory) / "entrecipes.py").write_text(_source(Path(__file__)))
 
     def _frames(self, clip: Tensor) -> Tensor:
         """All frames as one batch [n * F, C, h, w], in patches."""
@@ -261,6 +259,15 @@ def nearest_given(condition: Tensor) -> tuple[Tensor, Tensor]:
     distance = (place[:, None] - place).abs() + len(place) * ~given[:, None]
     nearest = distance.argmin(-1)[:, None, :, None, None].expand_as(condition)
     return condition.gather(2, nearest), given.to(condition.dtype)
+
+
+def _source(path: Path) -> str:
+    """A file with what it imports from beside it in place of the import: diffusers fetches one file of a part alone."""
+
+    def beside(found: re.Match[str]) -> str:
+        return path.with_name(f"{found[1]}.py").read_text().replace("from __future__ import annotations\n", "")
+
+    return re.sub(r"^from \.(\w+) import .*\n", beside, path.read_text(), flags=re.MULTILINE)
 
 
 # diffusers writes the module that a class says it lives in into model_index.json, and looks it up there by name.

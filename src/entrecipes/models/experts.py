@@ -194,8 +194,7 @@ class TimestepExperts(ModelMixin, ConfigMixin):
             OSError: When there is no config.
         """
         source = str(pretrained_model_name_or_path)
-        hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
-        config = cls.load_config(source, subfolder=subfolder, **hub)
+        config = cls.load_config(source, subfolder=subfolder, **_of_hub(options))
         place = Path(source, subfolder or "")
         if not {"boundaries", "expert_configs"} <= set(config):
             raise ValueError(f"{place}: its config.json has no boundaries, so these are no experts; give their folder")
@@ -259,6 +258,11 @@ def _surplus(folder: Path, count: int) -> Path | None:
     return next((path for path in found if path.name not in {f"expert_{number}" for number in range(count)}), None)
 
 
+def _of_hub(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that say where on the Hub to look, and how."""
+    return {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
+
+
 def _load(source: str, subfolder: str, wanted: dict[str, Any], options: dict[str, Any]) -> ModelMixin:
     """One expert, when it is the one that the config of all describes."""
     place, name = Path(source, subfolder), wanted["_class_name"]
@@ -267,7 +271,8 @@ def _load(source: str, subfolder: str, wanted: dict[str, Any], options: dict[str
         raise ValueError(f"{place}: no model class {name}; update diffusers, or save the experts again")
     try:
         expert, info = found.from_pretrained(source, subfolder=subfolder, output_loading_info=True, **options)
-        said = _config(expert) | {"_class_name": found.load_config(source, subfolder=subfolder)["_class_name"]}
+        config = found.load_config(source, subfolder=subfolder, **_of_hub(options))
+        said = _config(expert) | {"_class_name": config["_class_name"]}
     except Exception as error:  # of many kinds, by what the file looks like
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{place}: this expert can't be loaded ({first_line}); copy its folder back") from error
