@@ -140,6 +140,7 @@ class Making:
         partial = path.with_name(f".writing-{uuid.uuid4().hex[:8]}-{path.name}")
         try:
             save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
+            partial.chmod(0o644)  # caches may be shared
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
