@@ -29,11 +29,13 @@ from entrecipes.recipe.tree import (
     plain,
     to_yaml,
 )
+from entrecipes.tokens import holds_token
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The recipes that come with the package."""
 
 COMMAND_LINE = Place("command line")
+SECRET = "an access token (hf_...) would be published with the recipe; take it out, and use `hf auth login` or HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,11 @@ def _read(path: Path, children: tuple[Path, ...], problems: list[Problem]) -> No
     """A file laid over what it extends; None, with the problem, when one of them can't be read."""
     source = display(path)
     try:
-        root, found = parse(path.read_text(encoding="utf-8"), source)
+        text = path.read_text(encoding="utf-8")
+        found = [
+            Problem(Place(source, i), "", SECRET) for i, line in enumerate(text.splitlines(), 1) if holds_token(line)
+        ]
+        root, found = (None, found) if found else parse(text, source)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         root, found = None, [Problem(Place(source), "", f"can't be read: {reason}")]
@@ -241,6 +247,9 @@ def _overrides(overrides: Sequence[str], problems: list[Problem]) -> Node:
     """All `key=value` as one tree; of a key given twice the last one counts."""
     tree = Node({}, COMMAND_LINE)
     for override in overrides:
+        if holds_token(override):
+            problems.append(Problem(COMMAND_LINE, "", SECRET))
+            continue
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             hint = "written key=value, such as training.images=20k"
