@@ -42,6 +42,7 @@ def test_the_verbs_are_these() -> None:
         "score",
         "report",
         "push",
+        "pull",
         "data",
     )
 

@@ -27,6 +27,7 @@ VERBS = (
     "score",
     "report",
     "push",
+    "pull",
     "data",
 )
 
