@@ -1,4 +1,4 @@
-# make demo | test | test-slow | style | quality | clean
+# make demo | test | test-slow | docs-check | style | quality | clean
 #
 # VENV         the environment that is made and used; `make VENV= PYTHON=python` uses an environment of your own as it is
 # PYTHON       the interpreter the environment is made from
@@ -19,7 +19,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 endif
 
-.PHONY: demo setup test test-slow style quality clean
+.PHONY: demo setup test test-slow docs-check style quality clean
 
 demo: setup
 	OMP_NUM_THREADS=1 $(RUN) -m entrecipes run digits/demo
@@ -41,6 +41,10 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+
+# every code block and command of README, docs and recipes, and how each was checked
+docs-check: setup
+	OMP_NUM_THREADS=1 $(RUN) scripts/check_docs.py
 
 style: setup
 	$(RUN) -m ruff check --fix .

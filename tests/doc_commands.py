@@ -224,16 +224,18 @@ def _script(words: list[str]) -> Row:
     if script.name == "train.py":
         load(words[1], [word for word in words[2:] if "=" in word])
         return "parsed", "the recipe loads"
-    parse = argparse.ArgumentParser.parse_known_args
 
-    def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        namespace, extra = parse(self, *args, **kwargs)
-        if extra:
-            self.error(f"unknown arguments {extra}")
-        raise _Parsed(namespace)
+    def stopping(parse: Any) -> Any:
+        def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+            raise _Parsed(parse(self, *args, **kwargs))
 
+        return stop
+
+    methods = {
+        name: stopping(getattr(argparse.ArgumentParser, name)) for name in ("parse_args", "parse_intermixed_args")
+    }
     try:
-        with patch.object(argparse.ArgumentParser, "parse_known_args", stop), patch.object(sys, "argv", words):
+        with patch.multiple(argparse.ArgumentParser, **methods), patch.object(sys, "argv", words):
             runpy.run_path(str(script), run_name="__main__")
     except _Parsed as parsed:
         found = [value for value in vars(parsed.args[0]).values() if isinstance(value, str) and _is_recipe(value)]

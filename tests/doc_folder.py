@@ -1,4 +1,4 @@
-"""What the code blocks of the documentation find in their folder: small pipelines, data and runs under the names they use."""
+"""What the code blocks of the documentation find in their folder: small pipelines, data and runs, by their names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from tiny import DIT, FLOW, UNET, tiny
-from tiny_dfgn import tiny_dfgn
-from tiny_text import save_tiny_text
+from tiny_stickers import save_stickers, train_stickers
 
-from entrecipes import ExpertsPipeline, StickerPipeline, TimestepExperts
-from entrecipes.data.text import TextEncoders
+from entrecipes import ExpertsPipeline, TimestepExperts
 from entrecipes.diffusion.pixel_vae import build_pixel_vae
 from entrecipes.recipe.load import load
-from entrecipes.recipe.pipeline import TextEncoder
 from entrecipes.recipe.tree import to_yaml
 from entrecipes.training.launch import run_recipe
 
@@ -46,11 +43,13 @@ def make_prepared(folder: Path) -> None:
     torch.save(2 * torch.rand(64, 1, 8, 8) - 1, folder / "my-data.pt")
     clips, lengths = 2 * torch.rand(6, 3, 8, 8, 8) - 1, torch.tensor([8, 8, 8, 8, 5, 1])
     torch.save((clips, lengths, torch.randn(6, 4, 12)), folder / "my-stickers.pt")
-    Image.new("RGB", (8, 8), "red").save(folder / "me.png")
+    for name in ("me.png", "heart.png", "first.png", "last.png"):
+        Image.new("RGB", (8, 8), "red").save(folder / name)
     (folder / "demo.yaml").symlink_to(load("digits/demo").path.resolve())
     (folder / "recipes").symlink_to(Path(__file__).parents[1] / "recipes")
     (folder / "scripts").symlink_to(Path(__file__).parents[1] / "scripts")
-    _stickers(folder / "outputs/stickers/scratch-rdtf")
+    (folder / "outputs/stickers").mkdir(parents=True)
+    train_stickers(folder / "outputs/stickers", save_stickers(folder / "outputs/stickers"), "scratch-rdtf")
     experts = TimestepExperts(
         [UNet2DModel(**SMALL_UNET, num_class_embeds=10) for _ in range(5)], boundaries=[800, 600, 400, 200]
     )
@@ -58,11 +57,6 @@ def make_prepared(folder: Path) -> None:
     ExpertsPipeline(experts, scheduler).save_pretrained(folder / "outputs/tdc/digits_unet/pipeline")
     _run(folder, "digits/demo", tiny(UNET))
     _run(folder, "digits/dit", tiny(DIT, FLOW))
-
-
-def _stickers(run: Path) -> None:
-    text = TextEncoders.load([TextEncoder(id=str(save_tiny_text(run.parent / "bert")), tokens=5)])
-    StickerPipeline(tiny_dfgn(), DDIMScheduler(), **text.components()).save_pretrained(run / "pipeline")
 
 
 def _run(folder: Path, name: str, recipe: dict) -> None:
