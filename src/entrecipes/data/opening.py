@@ -13,6 +13,7 @@ from entrecipes.data.stream import IterableImageSet
 from entrecipes.data.text import TextEncoders, embed
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.diffusion.space import Space
+from entrecipes.diffusion.visiting import visiting
 from entrecipes.errors import UserError
 from entrecipes.recipe.base import build
 from entrecipes.recipe.data import Data, ImageData, StickerKeys, VideoData, WindowData
@@ -85,23 +86,23 @@ def open_data(section: Data, components: Components, device: torch.device, *, th
         return OpenedData(images.train, images.held_out, space, images, found, _sample_shape(images, components))
     if isinstance(images.train, IterableImageSet):
         raise UserError("data.streaming: latents of a stream can't be cached; set data.streaming: false")
-    vae = components.vae.to(device)
-    train, held_out = (
-        part
-        and cache_latents(
-            part,
-            vae,
-            vae_id=components.vae_id,
-            dtype=torch.float32,
-            batch_size=LATENT_BATCH[section.kind],
-            device=device,
-            flip=flip,
-            on_device=getattr(section, "on_device", "auto"),
-            thorough=thorough,
+    with visiting(device, components.vae):
+        train, held_out = (
+            part
+            and cache_latents(
+                part,
+                components.vae,
+                vae_id=components.vae_id,
+                dtype=torch.float32,
+                batch_size=LATENT_BATCH[section.kind],
+                device=device,
+                flip=flip,
+                on_device=getattr(section, "on_device", "auto"),
+                thorough=thorough,
+            )
+            for part, flip in ((images.train, getattr(section, "horizontal_flip", False)), (images.held_out, False))
         )
-        for part, flip in ((images.train, getattr(section, "horizontal_flip", False)), (images.held_out, False))
-    )
-    space = components.family.latent_space(vae)
+        space = components.family.latent_space(components.vae)  # its scale stays on the device
     return OpenedData(train, held_out, space, images, found, _sample_shape(images, components))
 
 

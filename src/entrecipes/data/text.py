@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from entrecipes.data.making import Making
 from entrecipes.data.places import home
 from entrecipes.data.shards import LazyTensor, Shards
 from entrecipes.data.tables import IN_MEMORY_BYTES
+from entrecipes.diffusion.visiting import visiting
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
 from entrecipes.models.sticker_io import encode_captions
@@ -93,22 +93,11 @@ class TextEncoders:
 
         The encoders work on `device` (None: where they are) and go back to where they were.
         """
-        with self._on(device):
+        with visiting(device, *self.models):
             batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
             return torch.cat(
                 [encode_captions(batch, self.models, self.tokenizers, self.tokens).cpu() for batch in batches]
             )
-
-    @contextmanager
-    def _on(self, device: torch.device | str | None) -> Iterator[None]:
-        homes = [model.device for model in self.models]
-        try:
-            for model in self.models:
-                model.to(device or model.device)
-            yield
-        finally:
-            for model, place in zip(self.models, homes, strict=True):
-                model.to(place)
 
     def fingerprint(self) -> str:
         """A hash of classes, configurations and weights; the folder that they came from doesn't matter."""
@@ -167,7 +156,7 @@ def embed(
             what="captions",
             thorough=thorough,
         )
-        with encoders._on(device):
+        with visiting(device):
             shards = making.run()
         logger.info("text embeddings kept at %s", shards)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from entrecipes.diffusion.download import INDEX, fetch
 from entrecipes.diffusion.families import FAMILIES, Family, family_of, family_of_pipeline
 from entrecipes.diffusion.path import GaussianPath
 from entrecipes.diffusion.pixel_vae import is_pixel_vae
+from entrecipes.diffusion.visiting import visiting
 from entrecipes.errors import UserError, nearest
 from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.pipeline import Component, Pipeline
@@ -52,6 +53,15 @@ class Components:
             pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    @contextmanager
+    def sampling(self, model: ModelMixin, device: torch.device) -> Iterator[DiffusionPipeline]:
+        """The stock pipeline around a model that is on the device, to sample from texts that are embedded already: its
+        VAE visits the device, text encoders stay where they are."""
+        pipeline = replace(self, text=None).pipeline(model)
+        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        with visiting(device, *(part for part in parts if part is not model)):
+            yield pipeline
 
     @property
     def channels(self) -> int:

@@ -171,10 +171,9 @@ class Evaluator:
             condition = balanced_labels(count, self.data.num_classes)
         if condition is None and self.components.family.kind in ("clips", "stickers"):
             _, condition = self.clips(count)
-        pipeline = self.components.pipeline(model).to(self.device)
         stickers = self.components.family.kind == "stickers"
         options = {"frame_guidance_scale": section.frame_guidance_scale} if stickers else {}
-        with evaluating(model):
+        with evaluating(model), self.components.sampling(model, self.device) as pipeline:
             return generate(
                 pipeline,
                 self.components.family,
