@@ -67,8 +67,12 @@ class Curriculum(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
 
-    def facts(self) -> dict[str, Any]:
-        """What to log of it, as plain numbers (this waits for the device); empty when there is nothing to say."""
+    def facts(self, mean: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Any]:
+        """What to log of it, as plain numbers (this waits for the device); empty when there is nothing to say.
+
+        Args:
+            mean: Over processes that hold a part of the batch each, and that all have to ask.
+        """
         return {}
 
 

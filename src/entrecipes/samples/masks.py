@@ -18,6 +18,7 @@ Source: RDTF (arXiv 2503.17735) and its published code. All frames are noised an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -39,14 +40,19 @@ class Random(Protocol):
     def common(self) -> Tensor:
         """One number in [0, 1), the same in every process."""
 
+    def all(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of this process and of all others."""
+
 
 @dataclass(frozen=True)
 class BatchRandom:
-    """Random numbers for a batch of n rows from a generator; seed it alike in all processes for `draw: batch`."""
+    """Random numbers for a batch of n rows from a generator; for `draw: batch` seed it alike in all processes."""
 
     n: int
     device: torch.device | str = "cpu"
     generator: torch.Generator | None = None
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    """Concatenates the rows of all processes, such as `accelerator.gather`; only `draw: batch` needs it."""
 
     def uniform(self) -> Tensor:
         """[n]."""
@@ -55,6 +61,10 @@ class BatchRandom:
     def common(self) -> Tensor:
         """A scalar."""
         return torch.rand((), generator=self.generator, device=self.device)
+
+    def all(self, rows: Tensor) -> Tensor:
+        """[N, ...]."""
+        return self.gather(rows)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ class DualMasks:
         Args:
             lengths: Frames that each clip has, int64 [n] in 1..F; None: F each.
             odds: Of each of `tasks`, in proportion to which it is drawn [n, len(tasks)]; None: equal ones. With
-                `draw: batch` their mean over the samples of this process.
+                `draw: batch` their mean over the whole batch.
             random: Random numbers for these n rows.
         """
         section = self.section
@@ -173,10 +183,12 @@ class DualMasks:
         low, high = section.lengths
         count = torch.minimum(low + (u * (high - low + 1)).long(), lengths)
 
+        if odds is not None and section.draw == "batch":
+            odds = random.all(odds).mean(0, keepdim=True)
         task = self._tasks(odds, draw())
         task = task.masked_fill(random.uniform() < section.uncond, UNCOND)
         places, valid = spread(lengths, count, self.frames)
-        n = count if section.draw == "sample" else count.amin().expand_as(count)
+        n = count if section.draw == "sample" else random.all(count).amin().expand_as(count)
         given = given_frames(task, (draw() * choices(task, n)).long(), n, valid)
         counted = valid
         if section.given_frames == "skip":
@@ -190,8 +202,6 @@ class DualMasks:
         if odds is None:
             drawn = (u * len(self._indices)).long()
         else:
-            if self.section.draw == "batch":
-                odds = odds.mean(0, keepdim=True)
             below = odds.cumsum(1)
             drawn = (below <= u[:, None] * below[:, -1:]).sum(1).clamp(max=len(self._indices) - 1)
         self._indices = self._indices.to(u.device)  # copied once: each copy would wait for the device

@@ -17,7 +17,7 @@ what is here is a reading of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,9 @@ class TaskCurriculum(Curriculum):
         """Odds float32, [len(tasks)] or [n, len(tasks)], at `progress` from 0 to 1."""
         raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, mean: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Any]:
         """`odds`: the mean share of each task in the last batch's draws."""
-        return {} if self.shares is None else {"odds": self._named(self.shares)}
+        return {} if self.shares is None else {"odds": self._named(mean(self.shares))}
 
     def _by_kind(self, values: dict[str, Any]) -> Tensor:
         """A table by kind of task as float32 [..., len(tasks)]."""
@@ -168,9 +168,9 @@ class MeasuredTasks(TaskCurriculum):
                 value = value.to(self.device, copy=True)
             setattr(self, name, value)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, mean: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Any]:
         """`odds` and `nats` of each task (null: not seen yet)."""
-        return super().facts() | {"nats": self._named(self.nats)}
+        return super().facts(mean) | {"nats": self._named(self.nats)}
 
 
 def _held(member: Tensor, value: Tensor) -> Tensor:
@@ -240,9 +240,9 @@ class AdaptiveTasks(MeasuredTasks):
         kept = {name: getattr(self, name).clone() for name in ("losses", "values", "moments", "level")}
         return super().state_dict() | kept | {"steps": self.steps}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, mean: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Any]:
         """Also `level`, from 0 (easy) to 4."""
-        return super().facts() | {"level": self.level.item()}
+        return super().facts(mean) | {"level": self.level.item()}
 
 
 class EntropyTasks(MeasuredTasks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,12 +22,21 @@ class StepRandom:
     not depend on how many processes share the batch, at the price of drawing the others' rows too.
     """
 
-    def __init__(self, seed: int, batch_size: int, rank: int, world_size: int, device: torch.device) -> None:
-        """Args: `batch_size` rows over all processes; this one is `rank` of `world_size`."""
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> None:
+        """Args: `batch_size` rows over all processes, which `gather` puts together; this one is `rank` of
+        `world_size`."""
         self.seed, self.batch_size, self.rank = seed, batch_size, rank
         share = batch_size // world_size
         self.rows = slice(rank * share, (rank + 1) * share)
-        self.generator = torch.Generator(device)
+        self.generator, self.all = torch.Generator(device), gather
 
     def begin(self, images: int) -> None:
         """Seed the step that starts at `images`: this object, and torch's global state (dropout inside the model)."""

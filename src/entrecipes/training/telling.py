@@ -75,7 +75,7 @@ def log_when_due(run: Run, before: int) -> None:
         "images_per_second": window.steps * training.batch_size / window.seconds,
         "peak_memory_gib": peak_memory_gib(run.device),
         "seconds": window.total_seconds,
-        **run.curriculum.facts(),
+        **run.curriculum.facts(lambda value: run.accelerator.reduce(value, "mean")),
     }
     run.log.write("train", run.images, **values)
     window.clear()
