@@ -104,16 +104,15 @@ class Run:
         self.ema = averaged(training.ema, self.model, self.adapter.eligible) if training.ema and not parts else None
         self.copy = WholeCopy(self.model) if self.sharded else None
         self.objective = Objective(recipe.objective, self.components.path)
-        self.random = StepRandom(
-            training.seed, training.batch_size, self.accelerator.process_index, self.world_size, self.device
-        )
+        place = self.accelerator.process_index, self.world_size
+        self.random = StepRandom(training.seed, training.batch_size, *place, self.device, self.accelerator.gather)
         self.null_label = null_label(recipe, self.components)
 
         self.images, self.stop_requested = 0, False
         self.window = Window(3, self.device)
         self.optimizer: Any = None
         self.log = RunLog(folder, self.accelerator, listener)
-        shard = Shard(self.accelerator.process_index, self.world_size, self.accelerator.gather)
+        shard = Shard(*place, self.accelerator.gather)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
         self.evaluator.check((self.ema or self).model, self.accelerator.main_process_first)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
