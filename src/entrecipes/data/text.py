@@ -156,7 +156,7 @@ def embed(
             what="captions",
             thorough=thorough,
         )
-        with visiting(device):
+        with visiting(device, *encoders.models):
             shards = making.run()
         logger.info("text embeddings kept at %s", shards)
     else:
