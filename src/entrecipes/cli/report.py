@@ -13,22 +13,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     what = "run folders, finished or not, and folders that `entrecipes compare` wrote"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("gallery.html"), help="the page (default: gallery.html)"
-    )
+    page = Path("gallery.html")
+    parser.add_argument("-o", "--output", type=Path, default=page, help=f"the page (default: {page})")
     parser.add_argument("--title", default="", help="its heading (default: the runs' names)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
-    from entrecipes.report.gallery.page import HEAVY, write_gallery
+    from entrecipes.report.gallery.page import HEAVY, counted, write_gallery
 
     gallery = write_gallery(args.runs, args.output, args.title)
     for problem in gallery.problems:
         print(f"warning: {problem}", file=sys.stderr)
-    counts = {"run": gallery.runs, "comparison": gallery.comparisons, "picture": gallery.pictures}
-    said = ", ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items() if count)
-    print(f"{gallery.path}: {said}, {gallery.bytes / 2**20:.1f} MB")
+    counts = counted(run=gallery.runs, comparison=gallery.comparisons, picture=gallery.pictures)
+    print(f"{gallery.path}: {counts}, {gallery.bytes / 2**20:.1f} MB")
     if gallery.bytes > HEAVY:
         print(
             f"warning: above {HEAVY / 2**20:.0f} MB, which opens slowly on a phone: give fewer runs to a page",

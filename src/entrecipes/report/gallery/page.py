@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from entrecipes.report.gallery.run import GalleryRun
 from entrecipes.report.gallery.table import Column, columns, comparison_table, summary
 from entrecipes.report.report import template
 
-HEAD = ("images", "images/s", "peak GiB", "trained", "parameters")
+HEAD = ("images", "images/s", "peak GiB", "parameters")
+"""Headings between a run's method and its metrics."""
 HEAVY = 25 * 2**20
 """Bytes from which a page is slow to open on a phone, and too large for most mail."""
 
@@ -73,9 +73,10 @@ def write_gallery(folders: Sequence[str | Path], path: str | Path, title: str = 
         shown = columns(runs)
         compared = [_compared(comparison) for comparison in comparisons]
         page: dict[str, Any] = {
-            "title": title or _title(runs, comparisons),
+            "title": title or _title(places, runs, comparisons),
             "runs": runs,
             "facts": facts,
+            "counts": counted(run=len(runs), comparison=len(comparisons)),
             "head": HEAD,
             "columns": shown,
             "summary": summary(runs, shown),
@@ -91,45 +92,53 @@ def write_gallery(folders: Sequence[str | Path], path: str | Path, title: str = 
     return Gallery(path, len(html.encode()), len(runs), len(comparisons), count, tuple(problems))
 
 
+def counted(**counts: int) -> str:
+    """`3 runs, 1 comparison`."""
+    return ", ".join(f"{count:,} {word}{'s' * (count != 1)}" for word, count in counts.items() if count)
+
+
 def _labels(places: Sequence[Place]) -> list[tuple[str, str]]:
-    """For each run what it is called, unlike all others, and the series that it belongs to."""
-    names = [place.arm or "/".join(place.path.resolve().parts[-1:]) for place in places]
-    roots = [place.path.resolve() for place in places if not place.arm]
-    common = Path(os.path.commonpath(roots)) if len(roots) > 1 else None
-    named = []
-    for place, name in zip(places, names, strict=True):
-        if place.arm:
-            named.append((f"{place.arm} seed {place.seed}", place.arm))
-        else:
-            label = str(place.path.resolve().relative_to(common)) if common else name
-            named.append((label, label))
-    double = Counter(label for label, _ in named)
-    return [
-        (label, series) if double[label] == 1 else (f"{label} ({number + 1})", f"{series} ({number + 1})")
-        for number, (label, series) in enumerate(named)
-    ]
+    """For each run what it is called, unlike all others, and the series that it belongs to.
+
+    A run is called by the end of its path, as much of it as tells it from the others.
+    """
+    own = {place.path.resolve() for place in places if not place.arm}
+    depth = 1
+    while len({path.parts[-depth:] for path in own}) < len(own):
+        depth += 1
+    found = []
+    for place in places:
+        name = place.arm or "/".join(place.path.resolve().parts[-depth:])
+        found.append((f"{name} seed {place.seed}" if place.arm else name, name))
+    double = Counter(label for label, _ in found)  # arms of two comparisons
+    numbers = [f" ({number})" if double[label] > 1 else "" for number, (label, _) in enumerate(found, start=1)]
+    return [(label + more, series + more) for (label, series), more in zip(found, numbers, strict=True)]
 
 
-def _title(runs: Sequence[GalleryRun], comparisons: Sequence[ComparisonFolder]) -> str:
-    names = [comparison.name for comparison in comparisons] or [run.label for run in runs]
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {'comparisons' if comparisons else 'runs'}"
+def _title(places: Sequence[Place], runs: Sequence[GalleryRun], comparisons: Sequence[ComparisonFolder]) -> str:
+    names = [comparison.name for comparison in comparisons]
+    names += [run.label for place, run in zip(places, runs, strict=True) if not place.arm]
+    return ", ".join(names) if len(names) <= 3 else counted(run=len(runs), comparison=len(comparisons))
 
 
-def _overlays(runs: Sequence[GalleryRun], shown: Sequence[Column], assets: Path) -> list[tuple[str, str]]:
-    """Curves of all runs over one another, each against images and against seconds."""
+def _overlays(runs: Sequence[GalleryRun], shown: Sequence[Column], assets: Path) -> list[tuple[str, str, str]]:
+    """Curves of all runs over one another, against images and seconds: the loss, then each metric of a data set."""
     styles = list(dict.fromkeys(run.series for run in runs))
-    wanted: list[tuple[str, str, list[GalleryRun]]] = [("Training loss", "loss", list(runs))]
+    wanted: dict[tuple[str, str], dict[str, list[GalleryRun]]] = {("loss", ""): {"": list(runs)}}
     for column in shown:
-        note = f" ({column.note})" if column.note else ""
-        wanted.append((f"{column.name}{note}", column.name, [run for run in runs if run.id in column.found]))
+        ways = wanted.setdefault((column.name, column.data), {})
+        ways[column.note] = [run for run in runs if run.id in column.found]
     drawn = []
-    for number, (title, metric, whose) in enumerate(wanted):
+    for number, ((metric, data), ways) in enumerate(wanted.items()):
+        whose = [run for found in ways.values() for run in found]
         curves = [(run.series, curve) for run in whose if (curve := run.folder.curve(metric))]
-        if not any(len(curve.images) > 1 for _, curve in curves):
+        if len(curves) < min(2, len(runs)) or not any(len(curve.images) > 1 for _, curve in curves):
             continue
+        title = "Training loss" if metric == "loss" else f"{metric}, {data}" if data else metric
+        note = f"Measured in {len(ways)} ways ({'; '.join(ways)}): compare shapes." if len(ways) > 1 else ""
         for unit, across in UNITS.items():
             file = overlay(assets / f"overlay-{number}-{unit}.png", title, curves, unit, styles)
-            drawn += [(images.plot(file), f"{title} against {across}, {len(curves)} runs")] if file else []
+            drawn += [(images.plot(file), f"{title} of all runs against {across}", note)] if file else []
     return drawn
 
 
@@ -140,7 +149,7 @@ def _compared(comparison: ComparisonFolder) -> dict[str, Any]:
         path = comparison.path / f"{name}.png"
         if path.is_file():
             try:
-                pictures.append((images.plot(path), alt))
+                pictures.append((images.plot(path), alt, f"{alt}."))
             except OSError as error:
                 comparison.problems.append(f"{path.name} is damaged ({error})")
     try:

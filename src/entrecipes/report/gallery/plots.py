@@ -53,7 +53,8 @@ def plot_overlay(axes: Axes, title: str, series: Sequence[Series], unit: str, st
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if max(map(len, labels)) <= 28 else 1
-    axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), handlelength=2.4)
+    place = {"loc": "outside lower center", "ncols": min(columns, len(labels)), "borderaxespad": 0.1}
+    axes.figure.legend(handles, labels, handlelength=2.4, **place)
 
 
 def draw_profile(folder: RunFolder) -> dict[str, Path]:
@@ -92,7 +93,9 @@ def plot_profile(axes: Axes, rows: list[dict[str, Any]], nats: list[np.ndarray],
     norm = LogNorm(most / 100, most, clip=True)
     mesh = axes.pcolormesh(edges, levels, np.where(table > 0, table, most / 1e4), cmap=colours, norm=norm)
     unit = "nats per dimension, unit log sigma" if learned else "nats per unit log sigma"
-    axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30, label=unit).outline.set_visible(False)
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30, label=unit, format="{x:g}")
+    bar.outline.set_visible(False)
+    bar.ax.minorticks_off()
     seen = table.max(axis=1) > most / 100
     low, high = levels[:-1][seen].min(), levels[1:][seen].max()
     if learned:
@@ -106,7 +109,7 @@ def plot_profile(axes: Axes, rows: list[dict[str, Any]], nats: list[np.ndarray],
     axes.set(title="Where the nats lie over the run", ylabel="log sigma", xlim=(edges[0], edges[-1]), ylim=(low, high))
     axes.grid(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, borderaxespad=0.1)
 
 
 def _gated(row: dict[str, Any], gate_order: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,7 @@ CURVES = {
     "throughput": "Images per second against images seen",
 }
 NOISE = {
-    "profile": "Heat map of the nats at each noise level (log sigma) over the images seen, with the window of the draws",
+    "profile": "Nats at each noise level over the images seen, as colour; if learned, with the window of the draws",
     "noise_levels": "Nats per unit log sigma against log sigma",
     "noise_density": "Density of the trained noise levels against images seen",
     "noise_profile": "Information rate, learned density and base against sigma",
@@ -63,10 +64,10 @@ GROUPS = {
 
 @dataclass
 class Group:
-    """A heading with pictures `(source, alt)`, facts and tables below it."""
+    """A heading with pictures `(source, alternative text, caption)`, facts and tables below it."""
 
     title: str
-    pictures: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[tuple[str, str, str]] = field(default_factory=list)
     rows: facts.Rows = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
@@ -172,32 +173,29 @@ class GalleryRun:
             earlier = earlier[:-1]  # the final grid is a copy of it
         step = max(1, -(-len(earlier) // EARLIER_GRIDS))
         shown = [*earlier[::step], *last]
-        read = {
-            label: self.folder.attempt(f"samples/{path.name}", lambda p=path: images.still(p)) for label, path in shown
-        }
-        return [(label, source) for label, source in read.items() if source]
+        read = [(label, self._read(path, images.still)) for label, path in shown]
+        return [(label, source) for label, source in read if source]
+
+    def _read(self, path: Path, read: Callable[[Path], str]) -> str | None:
+        return self.folder.attempt(f"samples/{path.name}", lambda: read(path))
 
     @cached_property
     def thumb(self) -> str | None:
         """The corner of the last sample grid."""
         paths = self.folder.samples
-        return (
-            self.folder.attempt(f"samples/{paths[-1][1].name}", lambda: images.thumb(paths[-1][1])) if paths else None
-        )
+        return self._read(paths[-1][1], images.thumb) if paths else None
 
     @cached_property
     def moving(self) -> str | None:
         """The newest samples in motion."""
         stems = [path.with_suffix("") for _, path in self.folder.samples[::-1]]
         paths = [found for stem in stems for ending in images.MOVING if (found := stem.with_suffix(ending)).is_file()]
-        return self.folder.attempt(f"samples/{paths[0].name}", lambda: images.moving(paths[0])) if paths else None
+        return self._read(paths[0], images.moving) if paths else None
 
     @property
     def sample_note(self) -> str:
         """What the grid shows."""
-        return (
-            facts.FILM_STRIPS.get(self.kind, "Generated samples; every grid of a run starts from the same noise") + "."
-        )
+        return facts.FILM_STRIPS.get(self.kind, "Generated samples; all grids of a run start from the same noise") + "."
 
     @property
     def moving_note(self) -> str:
@@ -218,18 +216,18 @@ class GalleryRun:
             for name, alt in pictures.items():
                 if name in self._drawn:
                     source = self.folder.attempt(f"{name}.png", lambda n=name: images.plot(self._drawn[n]))
-                    groups[title].pictures += [(source, alt)] if source else []
-        for title, what, tell in (
-            ("Blocks", "pruning", lambda: pruned(self.folder)),
-            ("Blocks", "blocks", lambda: (found := BlockRun(self.folder)).title and found),
-            ("Experts", "experts", lambda: experts(self.folder)),
-            ("Curriculum", "stickers", lambda: stickers(self.folder)),
-        ):
-            if told := self.folder.attempt(
-                what, lambda tell=tell: (found := tell()) and (found.rows(), found.tables())
-            ):
-                groups[title].rows += told[0]
-                groups[title].tables += told[1]
+                    caption = "" if title == "Curves" else f"{alt}."  # there the title says it
+                    groups[title].pictures += [(source, f"{alt}, {self.label}", caption)] if source else []
+        tellers: dict[str, list[Callable[[TolerantFolder], Any]]] = {
+            "Blocks": [pruned, _blocks],
+            "Experts": [experts],
+            "Curriculum": [stickers],
+        }
+        for title, tell in ((title, tell) for title, found in tellers.items() for tell in found):
+            what = f"{title.lower()} ({tell.__name__.strip('_')})"
+            if told := self.folder.attempt(what, lambda tell=tell: tell(self.folder)):
+                groups[title].rows += self.folder.attempt(what, told.rows) or []
+                groups[title].tables += self.folder.attempt(what, told.tables) or []
         return [group for group in groups.values() if group.pictures or group.rows]
 
     def _draw(self) -> None:
@@ -254,5 +252,13 @@ class GalleryRun:
         return [(key, _text(old), _text(new)) for key, old, new in differences(first.recipe, self.recipe)]
 
 
+def _blocks(folder: TolerantFolder) -> BlockRun | None:
+    """What a block schedule tells; None where all weights were trained all the time."""
+    run = BlockRun(folder)
+    return run if run.title else None
+
+
 def _text(value: Any) -> str:
-    return "not set" if value is None else str(value)
+    if value is None or isinstance(value, str):
+        return value or "not set"
+    return json.dumps(value, ensure_ascii=False)

@@ -20,6 +20,9 @@ from entrecipes.report.plots import short
 OF_THE_RUN = ("images", "training_seed")
 """Facts of a metric's origin that tell of the run and not of how it was measured."""
 
+CHANGES = 4
+"""Keys of an arm's recipe that its row shows, at most."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -47,13 +50,18 @@ class Column:
     found: dict[str, Metric] = field(default_factory=dict)
 
     @property
+    def data(self) -> str:
+        """What it was measured on."""
+        return str(next(iter(self.found.values())).origin.get("data") or "")
+
+    @property
     def direction(self) -> str:
         """In words."""
         return f"{'higher' if self.higher_is_better else 'lower'} is better"
 
 
 def columns(runs: Sequence[GalleryRun]) -> list[Column]:
-    """The metrics that at least two runs measured (all of them where there is one run), a column for each way of measuring.
+    """The metrics that at least two runs measured (of one run all), a column for each way in which they were measured.
 
     Two runs' metrics are the same when their names, origins (but for the run's own images and seed) and data agree.
     """
@@ -77,17 +85,16 @@ def columns(runs: Sequence[GalleryRun]) -> list[Column]:
 
 
 def summary(runs: Sequence[GalleryRun], shown: Sequence[Column]) -> dict[str, list[Cell]]:
-    """For each run the cells of images, speed, memory, trained and all parameters, then of the metrics' columns."""
+    """For each run the cells of images, speed, memory and parameters, then of the metrics' columns."""
     best = {id(column): _best(column, runs) for column in shown}
     table = {}
     for run in runs:
-        keys = ("images_per_second", "peak_memory_gib", "trainable_parameters", "parameters")
-        values = [run.folder.images, *map(run.number, keys)]
-        texts = (facts.number, facts.number, facts.number, _count, _count)
+        known = [run.folder.images, run.number("images_per_second"), run.number("peak_memory_gib")]
+        texts = ("{:,}".format, facts.number, facts.number)
         cells = [
-            Cell() if value is None else Cell(text(value), value) for value, text in zip(values, texts, strict=True)
+            Cell() if value is None else Cell(text(value), value) for text, value in zip(texts, known, strict=True)
         ]
-        cells[0] = Cell(f"{run.folder.images:,}", run.folder.images)
+        cells.append(_parameters(run.number("trainable_parameters"), run.number("parameters")))
         for column in shown:
             metric = column.found.get(run.id)
             is_best = run.id in best[id(column)]
@@ -97,7 +104,7 @@ def summary(runs: Sequence[GalleryRun], shown: Sequence[Column]) -> dict[str, li
 
 
 def comparison_table(comparison: ComparisonFolder) -> Table | None:
-    """A row an arm: how many times fewer images and seconds it needs, and every final number; None where none is left."""
+    """A row an arm: how many times fewer images and seconds it needs, and every final number; None without a record."""
     record = comparison.record
     if not record:
         return None
@@ -107,7 +114,8 @@ def comparison_table(comparison: ComparisonFolder) -> Table | None:
     for name, arm in record["arms"].items():
         baseline = name == record["baseline"]
         times = [_times(arm.get(key)) for key in ("speedup_images", "speedup_seconds")]
-        changes = "; ".join(f"{key} {of['arm']}" for key, of in arm.get("differs_in", {}).items())
+        differing = [f"{key} {of['arm']}" for key, of in arm.get("differs_in", {}).items() if of["arm"] is not None]
+        changes = "; ".join(differing[:CHANGES]) + f"; {len(differing) - CHANGES} more" * (len(differing) > CHANGES)
         values = [_spread(arm.get("values", {}).get(key)) for key in names]
         finals = [spread_text(spread) if spread else "" for spread in values]
         rows.append([name, "baseline" if baseline else changes, *([""] * 2 if baseline else times), *finals])
@@ -127,14 +135,15 @@ def _way(run: GalleryRun, metric: Metric) -> dict[str, str]:
 
 
 def _difference(origin: dict[str, str], others: list[dict[str, str]]) -> str:
-    """In words, where a way of measuring differs from the others: the data's name alone where that does."""
-    if len(others) == 1:
-        return ""
-    differing = [key for key in origin if len({json.dumps(other.get(key)) for other in others}) > 1]
-    if "data" in differing and len({other.get("data") for other in others}) == len(others):
-        return origin["data"]
-    told = [key for key in differing if not key.startswith("data.")] or differing
-    return ", ".join(f"{key} {origin[key]}" if key != "data" else origin[key] for key in told[:4])
+    """In words, the fewest facts that tell a way of measuring from the others of that name, its data first."""
+    differing = [key for key in origin if len({other.get(key) for other in others}) > 1]
+    told: list[str] = []
+    for key in sorted(differing, key=lambda key: (key != "data", key.startswith("data."))):
+        told.append(origin[key] if key == "data" else f"{key.removeprefix('data.')} {origin[key]}")
+        others = [other for other in others if other.get(key) == origin[key]]
+        if len(others) == 1:
+            break
+    return ", ".join(told)
 
 
 def _best(column: Column, runs: Sequence[GalleryRun]) -> set[str]:
@@ -158,6 +167,9 @@ def _times(record: dict[str, Any] | None) -> str:
     return factors(spread) if spread else ""
 
 
-def _count(value: float) -> str:
-    """`1.23M`."""
-    return short(float(f"{value:.3g}"))
+def _parameters(trained: float | None, total: float | None) -> Cell:
+    """`12k / 1.23M`, trained and all; one number where all are trained."""
+    if total is None:
+        return Cell()
+    counts = [short(float(f"{count:.3g}")) for count in (trained, total) if count is not None]
+    return Cell(" / ".join(dict.fromkeys(counts)), total)
