@@ -3,7 +3,7 @@
 The positions 0, 1, 2, ... of a run are the concatenated epochs; epoch e is a permutation of the set drawn from (seed,
 e) alone. A global batch that starts at image n takes positions n .. n + batch_size - 1, across epochs where need be,
 and process r of w takes the r-th of w equal, contiguous parts. So a resumed run, also with another batch size or number
-of processes, goes through the same images in the same order.
+of processes, goes through the same images in the same order. Streams have an order of their own: see `data.shuffle`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def batches(
             seed=seed,
             batch_size=batch_size,
             start_images=start_images,
-            rows=slice(rank * share, (rank + 1) * share),
+            rank=rank,
+            world_size=world_size,
             flip=flip,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",

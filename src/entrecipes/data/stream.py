@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entrecipes.data.images import BadImage, ImageSet, Splits, check_bad_images, decode_cell
+from entrecipes.data.shuffle import ahead, shuffled, splits
 from entrecipes.data.tables import Table, open_table, require_columns
 from entrecipes.errors import UserError
 from entrecipes.fingerprint import fingerprint
@@ -29,14 +29,14 @@ READ_AHEAD = 4
 
 @dataclass
 class IterableImageSet:
-    """An image set that can only be read from front to back, for the loader.
+    """An image set that can only be read from front to back, for the loader; see `data.shuffle` for the order.
 
-    Epoch e is the stream shuffled by `datasets` through a buffer, from (seed, e). Positions count rows of that stream,
-    so a run resumes at the same row: the stream is replayed up to it, without decoding, as fast as it can be read.
-    Every process reads the whole stream and decodes its own part. What makes this approximate: an unreadable image is
-    replaced by a readable one of its batch, and another version of `datasets` may shuffle in another way.
+    What makes it approximate: an unreadable image is replaced by a readable one of its batch.
 
     Attributes:
+        rows: All shards, with images undecoded.
+        parts: (number of a shard, rows at its beginning that are left out) of those to train on.
+        shards: How many `rows` has; 1: it is read as a whole.
         labels: The label column, or None without classes (a stream's labels aren't known beforehand).
         count: Images in an epoch; None when the Hub does not tell.
         Others as in ImageSet.
@@ -47,6 +47,8 @@ class IterableImageSet:
     license: str
     fingerprint: str
     rows: datasets.IterableDataset
+    parts: tuple[tuple[int, int], ...]
+    shards: int
     image_column: str
     size: int
     channels: int
@@ -78,6 +80,12 @@ class IterableImageSet:
         """Empty: not known before the stream was read."""
         return {}
 
+    def read(self, part: int) -> Iterator[dict[str, Any]]:
+        """The undecoded rows of a part, in the order in which they are stored."""
+        shard, left_out = self.parts[part]
+        rows = self.rows if self.shards == 1 else self.rows.shard(num_shards=self.shards, index=shard)
+        return iter(rows.skip(left_out) if left_out else rows)
+
 
 def open_stream(table: Table, section: HubData, *, count: int | None, image_size: int, channels: int) -> Splits:
     """The stream's first images held out (share `section.held_out`, at most 1,000), the rest for training.
@@ -103,20 +111,18 @@ def open_stream(table: Table, section: HubData, *, count: int | None, image_size
                 f"Set data.streaming: false, or data.label_column: null."
             )
         names = tuple(feature.names)
+    shards = stream.num_shards
     if section.max_images is not None:
         stream, count = stream.take(section.max_images), min(count or section.max_images, section.max_images)
-    held_out, skipped = None, 0
-    if section.held_out_split is not None:
-        held_out = _materialise(table.held_out.take(MAX_HELD_OUT))
-    elif section.held_out:
-        skipped = min(MAX_HELD_OUT, max(1, round(section.held_out * count)) if count else MAX_HELD_OUT)
-        held_out = _materialise(stream.take(skipped))
+        shards = 1
     train = IterableImageSet(
         name=table.name,
         source=table.source,
         license=table.license,
-        fingerprint=fingerprint(section.id, section.config, section.split, section.revision, image_size, channels),
-        rows=stream.skip(skipped).cast_column(table.image_column, datasets.Image(decode=False)),
+        fingerprint="",
+        rows=_undecoded(stream),
+        parts=tuple((shard, 0) for shard in range(shards)),
+        shards=shards,
         image_column=table.image_column,
         size=image_size,
         channels=channels,
@@ -124,17 +130,38 @@ def open_stream(table: Table, section: HubData, *, count: int | None, image_size
         max_bad_images=section.max_bad_images,
         label_names=names,
         labels=section.label_column,
-        count=None if count is None else count - skipped,
+        count=count,
     )
+    held_out = None
+    if section.held_out_split is not None:
+        rows = list(_undecoded(table.held_out.take(MAX_HELD_OUT)))
+        held_out = datasets.Dataset.from_list(rows, features=table.held_out.features or features)
+    elif section.held_out:
+        wanted = min(MAX_HELD_OUT, max(1, round(section.held_out * count)) if count else MAX_HELD_OUT)
+        rows, parts = _first(train, wanted)
+        train = replace(train, parts=parts, count=None if count is None else count - len(rows))
+        held_out = datasets.Dataset.from_list(rows, features=features)
+    identity = (section.id, section.config, section.split, section.revision, image_size, channels)
+    train.fingerprint = fingerprint(*identity, section.max_images, train.parts)
     return Splits(train, held_out and _kept(table, held_out, section, image_size, channels))
 
 
-def _materialise(stream: datasets.IterableDataset) -> datasets.Dataset:
-    images = [name for name, feature in stream.features.items() if isinstance(feature, datasets.Image)]
-    encoded = stream
-    for name in images:
-        encoded = encoded.cast_column(name, datasets.Image(decode=False))
-    return datasets.Dataset.from_list(list(encoded), features=stream.features)
+def _undecoded(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+    for name, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(name, datasets.Image(decode=False))
+    return stream
+
+
+def _first(image_set: IterableImageSet, wanted: int) -> tuple[list[dict[str, Any]], tuple[tuple[int, int], ...]]:
+    """(the first rows, what is left of the parts): no process may train on what is held out, whichever shard it has."""
+    rows: list[dict[str, Any]] = []
+    for part, (shard, _) in enumerate(image_set.parts):
+        found = list(itertools.islice(image_set.read(part), wanted - len(rows)))
+        rows, left = rows + found, ((shard, len(found)), *image_set.parts[part + 1 :])
+        if len(rows) == wanted:
+            break
+    return rows, left
 
 
 def _kept(table: Table, held_out: datasets.Dataset, section: HubData, image_size: int, channels: int) -> ImageSet:
@@ -149,23 +176,30 @@ def stream_batches(
     seed: int,
     batch_size: int,
     start_images: int,
-    rows: slice,
+    rank: int,
+    world_size: int,
     flip: bool,
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """(images uint8 [n, C, H, W], labels int64 [n] or None, positions int64 [n]) of `rows` of each global batch; CPU.
+    """A process's share of each batch, on the CPU: images uint8 [n, C, H, W], labels int64 [n] or None, positions [n].
 
-    With `num_workers` above 0, as many threads decode, and reading runs some batches ahead. Threads, for a `datasets`
-    stream shuffles in another way inside a DataLoader's worker than outside.
+    With `num_workers` above 0, as many threads decode (Pillow lets go of the interpreter meanwhile), and reading runs
+    some batches ahead.
     """
-    stream = _rows(image_set, seed, start_images)
+    share = batch_size // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    if splits(image_set, world_size):
+        stream, step = shuffled(image_set, seed, start_images // world_size, rank, world_size), share
+    else:
+        stream, step = shuffled(image_set, seed, start_images), batch_size
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
 
         def batch_at(start: int) -> tuple[Tensor, Tensor | None, Tensor, list[str]]:
-            share = list(itertools.islice(stream, batch_size))[rows]
-            decoded = list(pool.map(functools.partial(_decode, image_set), share))
-            images, labels, bad = _replaced(image_set, decoded, share)
+            taken = list(itertools.islice(stream, step))
+            taken = taken if step == share else taken[rows]
+            decoded = list(pool.map(functools.partial(_decode, image_set), taken))
+            images, labels, bad = _replaced(image_set, decoded, taken)
             positions = torch.arange(start + rows.start, start + rows.stop)
             if flip:
                 drawn = [np.random.default_rng([seed, position, 2]).random() < 0.5 for position in positions.tolist()]
@@ -173,25 +207,10 @@ def stream_batches(
             return images.pin_memory() if pin_memory else images, labels, positions, bad
 
         batches = map(batch_at, itertools.count(start_images, batch_size))
-        for images, labels, positions, bad in _ahead(batches, READ_AHEAD) if num_workers else batches:
+        for images, labels, positions, bad in ahead(batches, READ_AHEAD) if num_workers else batches:
             image_set.bad_images.extend(name for name in dict.fromkeys(bad) if name not in image_set.bad_images)
             check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
             yield images, labels, positions
-
-
-def _rows(image_set: IterableImageSet, seed: int, start: int) -> Iterator[dict[str, Any]]:
-    """Endless undecoded rows from position `start` on."""
-    rows = image_set.rows.shuffle(seed=seed, buffer_size=image_set.shuffle_buffer)
-    epoch, offset = divmod(start, image_set.count) if image_set.count else (0, start)
-    for number in itertools.count(epoch):
-        rows.set_epoch(number)
-        read = 0
-        for read, row in enumerate(rows, 1):
-            if read > offset:
-                yield row
-        if not read:
-            raise UserError(f"{image_set.name}: the stream has no images left to train on; lower data.held_out.")
-        offset = max(0, offset - read)
 
 
 def _decode(image_set: IterableImageSet, row: dict[str, Any]) -> np.ndarray | BadImage:
@@ -217,15 +236,3 @@ def _replaced(
         kept.append(last)
     labels = torch.tensor([row[image_set.labels] for _, row in kept]) if image_set.labels else None
     return torch.from_numpy(np.stack([image for image, _ in kept])), labels, bad
-
-
-def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """The same items, fetched up to `depth` ahead by one thread."""
-    reader = ThreadPoolExecutor(1)
-    try:
-        waiting = collections.deque(reader.submit(next, items) for _ in range(depth))
-        while True:
-            yield waiting.popleft().result()
-            waiting.append(reader.submit(next, items))
-    finally:
-        reader.shutdown(cancel_futures=True)

@@ -163,10 +163,13 @@ def check_continues(path: Path, state: dict[str, Any], recipe: Recipe, world_siz
     ]
     before = state["run"]["world_size"]
     if before != world_size:
-        notices.append(
-            f"{path.name}: written by {before} process{'es' * (before > 1)}, now {world_size}: every step still sees "
-            "the same images and noise, up to dropout inside the model and rounding"
-        )
+        same = "every step still sees the same images and noise, up to dropout inside the model and rounding"
+        if getattr(recipe.data, "streaming", False):
+            same = (
+                "the stream goes on after as many images, but where each process reads shards of its own, their order "
+                "depends on the number of processes: images of this epoch may come again or be left out"
+            )
+        notices.append(f"{path.name}: written by {before} process{'es' * (before > 1)}, now {world_size}: {same}")
     return notices
 
 
