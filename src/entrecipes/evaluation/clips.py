@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entrecipes.errors import UserError, nearest
 from entrecipes.evaluation.features import FeatureExtractor, torchmetrics_image
-from entrecipes.evaluation.metrics import MEASURES, Origin, embed, kid, kid_subset_size
+from entrecipes.evaluation.metrics import ALONE, MEASURES, Origin, embed, kid, kid_subset_size
 from entrecipes.evaluation.pose_detector import PoseDetector, pose_metrics
 from entrecipes.evaluation.result import Metric, metric_name
 from entrecipes.evaluation.video_features import VideoExtractor
@@ -164,7 +164,7 @@ def _in_parts(pairs: Pairs, measure: Callable[[Tensor, Tensor], Tensor]) -> Tens
 
 
 def _measure_ssim(pairs: Pairs) -> list[Metric]:
-    ssim = torchmetrics_image("ssim").StructuralSimilarityIndexMeasure(data_range=255.0, reduction="none")
+    ssim = torchmetrics_image("ssim").StructuralSimilarityIndexMeasure(data_range=255.0, reduction="none", **ALONE)
     version = package_version("torchmetrics")
     return [pairs.metric("ssim", "", _in_parts(pairs, ssim), higher_is_better=True, torchmetrics=version)]
 

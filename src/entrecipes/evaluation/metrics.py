@@ -18,6 +18,8 @@ Origin = Mapping[str, str | int | float | None]
 
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 1000
 NEIGHBOURS = 3
+ALONE = {"sync_on_compute": False}
+"""Of torchmetrics: every process holds all features, so that adding up those of the others would count them twice."""
 
 _REAL_FEATURES: WeakKeyDictionary[FeatureExtractor, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -52,7 +54,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
     Computed in float64: torchmetrics returns the dtype of the features, and float32 loses the difference of two large
     traces. Biased upward at small N: compare at equal counts only, or use [`kid`].
     """
-    metric = torchmetrics_image("fid").FrechetInceptionDistance(feature=_Identity(real.shape[1]))
+    metric = torchmetrics_image("fid").FrechetInceptionDistance(feature=_Identity(real.shape[1]), **ALONE)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return float(metric.compute())
@@ -78,7 +80,7 @@ def kid(real: Tensor, fake: Tensor, *, seed: int = 0) -> tuple[float, float]:
         # The default CPU generator only: torch.manual_seed would also reseed the accelerators, which aren't forked.
         torch.random.default_generator.manual_seed(seed)
         metric = torchmetrics_image("kid").KernelInceptionDistance(
-            feature=_Identity(real.shape[1]), subsets=KID_SUBSETS, subset_size=size
+            feature=_Identity(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, **ALONE
         )
         metric.update(real, real=True)
         metric.update(fake, real=False)
