@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from entrecipes.errors import UserError, nearest
+from entrecipes.tokens import without_tokens
 
+Result = TypeVar("Result")
 HELP = "run folder, pipeline folder or Hub id (owner/name, owner/name@revision)"
 """Of an argument that names a pipeline."""
-ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)@(.*)", re.ASCII)
+PATIENCE = 60.0
+"""Seconds after which a Hub that says nothing counts as out of reach."""
+ON_HUB = re.compile(r"(\w[\w.-]*/[\w.-]+)@(.*)", re.ASCII)
+PAUSES = (1, 5)
+"""Seconds before the next tries where the Hub has trouble of its own."""
 
 
 def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -57,12 +65,59 @@ def reaching(name: str, revision: str | None = None, kind: str = "model") -> Ite
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
-        yield
+        with patient(PATIENCE):
+            yield
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         problem = why_unreachable(error, name, revision, kind)
         if problem is None:
             raise
         raise UserError(problem) from error
+
+
+@contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Inside, the Hub's client waits so long for an answer where it would wait for ever."""
+    from huggingface_hub import get_session
+
+    def limit(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            key: seconds if limits.get(key) is None else limits[key] for key in ("connect", "read", "write", "pool")
+        }
+
+    client = get_session()
+    before = client.event_hooks
+    client.event_hooks = before | {"request": [*before["request"], limit]}
+    try:
+        yield
+    finally:
+        client.event_hooks = before
+
+
+def steadily(call: Callable[[], Result]) -> Result:
+    """What something that downloads gives, after another try or two when the Hub has trouble of its own (5xx).
+
+    The Hub's client goes on with broken connections itself, but gives up at the first 5xx of a file.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for pause in PAUSES:
+        try:
+            return call()
+        except OSError as error:
+            answers = [cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError)]
+            if not answers or answers[0].status_code < 500:
+                raise
+        time.sleep(pause)
+    return call()
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, and what it came from, up to the first."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    return causes
 
 
 def why_unreachable(error: BaseException, name: str, revision: str | None = None, kind: str = "model") -> str | None:
@@ -78,9 +133,7 @@ def why_unreachable(error: BaseException, name: str, revision: str | None = None
         RevisionNotFoundError,
     )
 
-    what, causes = shown(name, revision), [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
-        causes.append(cause)
+    what, causes = shown(name, revision), _causes(error)
 
     def first(*kinds: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
@@ -101,7 +154,7 @@ def why_unreachable(error: BaseException, name: str, revision: str | None = None
     if first(OfflineModeIsEnabled):
         return f"{what}: not whole in the cache, and HF_HUB_OFFLINE is set: unset it once, or give a folder"
     if found := first(HTTPError) or first(LocalEntryNotFoundError):
-        reason = (str(found).strip() or type(found).__name__).splitlines()[0]
+        reason = without_tokens((str(found).strip() or type(found).__name__).splitlines()[0])
         return (
             f"{what}: the Hub can't be reached ({reason}), and not all of it is in the cache; what came is kept: try "
             "again, or give a folder"

@@ -90,6 +90,15 @@ class Routes:
         self.hub.repositories[type, id] = Repository(type, id, bool(private))
         return self.json({"url": url, "name": id, "private": bool(private)})
 
+    @route("GET", r"/api/(?P<type>model|dataset)s")
+    def listing(self, type: str):
+        name, (author,) = self.user()[0], self.query["author"]
+        seen = [repo for (kind, _), repo in self.hub.repositories.items() if kind == type]
+        ids = [repo.id for repo in seen if repo.id.startswith(f"{author}/") and not (repo.private and author != name)]
+        return self.json(
+            [{"_id": id, "id": id, "private": False, "tags": [], "downloads": 0, "likes": 0} for id in ids]
+        )
+
     @route("GET", REPO + r"(?:/revision/(?P<revision>[^/]+))?")
     def info(self, type: str, id: str, revision: str = "main"):
         repo = self.repo(type, id)

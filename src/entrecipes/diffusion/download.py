@@ -14,7 +14,7 @@ import entrecipes
 from entrecipes.diffusion.adapter_folder import BASE_FILE
 from entrecipes.diffusion.families import FAMILIES
 from entrecipes.errors import UserError
-from entrecipes.reference import is_local, reaching, shown, split
+from entrecipes.reference import is_local, reaching, shown, split, steadily
 
 INDEX = DiffusionPipeline.config_name
 RECORDS = ["recipe.yaml", "recipe.source.yaml", "run.json", "metrics.jsonl", "pruning.json", "infonoise/*"]
@@ -56,7 +56,7 @@ def fetch(source: str, revision: str | None) -> Path:
         )
     with reaching(source, revision):
         if index is None or _is_ours(index):  # diffusers' own choice of files would leave some out
-            return Path(snapshot_download(source, revision=folder.name, ignore_patterns=TO_LOOK_AT))
+            return _snapshot(source, folder.name, ignore_patterns=TO_LOOK_AT)
         if index["_class_name"] in {name for family in FAMILIES.values() for name in family.bases}:
             return _download(WanPipeline, source, folder.name, text_encoder=None, tokenizer=None)  # of 11 GB
         return _download(DiffusionPipeline, source, folder.name)
@@ -64,7 +64,11 @@ def fetch(source: str, revision: str | None) -> Path:
 
 def _records(source: str, revision: str | None) -> Path:
     with reaching(source, revision):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[*RECORDS, INDEX, BASE_FILE]))
+        return _snapshot(source, revision, allow_patterns=[*RECORDS, INDEX, BASE_FILE])
+
+
+def _snapshot(source: str, revision: str | None, **patterns: list[str]) -> Path:
+    return Path(steadily(lambda: snapshot_download(source, revision=revision, **patterns)))
 
 
 def _is_ours(index: dict[str, Any]) -> bool:
@@ -75,7 +79,7 @@ def _is_ours(index: dict[str, Any]) -> bool:
 
 def _download(cls: type[DiffusionPipeline], source: str, commit: str, **without: None) -> Path:
     try:
-        return Path(cls.download(source, revision=commit, **without))
+        return Path(steadily(lambda: cls.download(source, revision=commit, **without)))
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError):
             raise

@@ -16,7 +16,7 @@ from huggingface_hub.hf_api import ModelInfo
 
 from entrecipes.errors import UserError
 from entrecipes.hub.commit import check_repo_id
-from entrecipes.reference import as_folder, reaching, shown, split
+from entrecipes.reference import as_folder, reaching, shown, split, steadily
 
 PULLED = "pulled.json"
 """In the folder: what it was pulled from."""
@@ -59,7 +59,7 @@ def pull(name: str, output: Path | None = None) -> tuple[Path, Pulled, bool]:
     check_repo_id(repo_id)
     folder = output or Path("outputs") / as_folder(name)
     with reaching(repo_id, revision):
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        info = steadily(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
     files = {path: size for path, size in _sizes(info).items() if path in chosen(_sizes(info))}
     pulled = Pulled(repo_id, revision, info.sha, files)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -70,8 +70,8 @@ def pull(name: str, output: Path | None = None) -> tuple[Path, Pulled, bool]:
     command = shlex.join(["entrecipes", "pull", name, *(["-o", str(output)] if output else [])])
     try:
         with reaching(repo_id, revision):
-            patterns = [escape(path) for path in files]
-            snapshot_download(repo_id, revision=info.sha, local_dir=partial, allow_patterns=patterns)
+            only = [escape(path) for path in files]
+            steadily(lambda: snapshot_download(repo_id, revision=info.sha, local_dir=partial, allow_patterns=only))
     except UserError as error:
         raise UserError(f"{error}; `{command}` goes on with what is in {partial}") from error
     _tidy(partial, files)
