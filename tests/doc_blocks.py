@@ -1,9 +1,9 @@
 """The code blocks and commands of README, docs and recipes: found, sorted, and made small enough to be run.
 
-`make docs-check` (scripts/check_docs.py) runs them, the tests parse them. A block that can't be run says so right above:
-`<!-- docs-check: parse only: REASON -->` or `<!-- docs-check: skip: REASON -->`. Above a partial recipe for another base
-than `digits/demo` stands `<!-- docs-check: extends NAME -->`. A block whose first line is `# NAME.py` or `# NAME.yaml` is
-kept under that name for the blocks behind it.
+`make docs-check` (scripts/check_docs.py) runs them, the tests parse them. A block that can't be run says so right above
+itself: `<!-- docs-check: parse only: REASON -->` or `<!-- docs-check: skip: REASON -->`. Above a partial recipe for
+another base than `digits/demo` stands `<!-- docs-check: extends NAME -->`. A block whose first line is `# NAME.py` or
+`# NAME.yaml` is kept under that name for the blocks behind it.
 """
 
 from __future__ import annotations
