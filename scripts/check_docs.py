@@ -6,8 +6,8 @@ python scripts/check_docs.py docs/noise.md      # some pages or recipes
 Python blocks run in turn in a fresh folder for each page, which holds small pipelines and data (tests/doc_folder.py),
 with the numbers of tests/doc_blocks.py in place of large ones. Recipes are validated. Commands are parsed by the real
 parsers and their recipes loaded. `run` trains what a page wrote itself, for a moment, and dry-runs the recipes that
-come along, from their headers and with the changes of the pages, on embedded data. What only looks, and what reads a run
-that is there, is carried out.
+come along, from their headers and with the changes of the pages, on embedded data. What only looks, and what reads
+a run that is there, is carried out.
 """
 
 import argparse
