@@ -34,10 +34,12 @@ class Draw:
     Args:
         level: Index of its noise level.
         call: Runs the model on it: prediction and target, both [n, ...], in the model's own prediction space.
+        counted: How many of the n samples count, from the front; None: all.
     """
 
     level: int
     call: Callable[[], tuple[Tensor, Tensor]]
+    counted: int | None = None
 
 
 @torch.no_grad()
@@ -51,6 +53,7 @@ def measure_blocks(
     gone: Collection[int] = (),
     gradients: bool = True,
     origin: dict[str, Any] | None = None,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> BlockScores:
     """Score every block of a model (put it into eval mode first; it is left as it was found).
 
@@ -63,13 +66,14 @@ def measure_blocks(
         gone: Blocks that count as removed already: skipped throughout, and without scores (their rows are NaN).
         gradients: Also measure the Taylor score, which takes one more forward and backward pass.
         origin: Kept with the scores.
+        total: Adds up tensors of processes that have drawn a part each, all of them of every level.
 
     Raises:
         UserError: When a level has no draws or they are scattered, or a prediction is not finite.
     """
     start, count = time.perf_counter(), len(stack)
     left = [index for index in range(count) if index not in gone]
-    tally, taylor = _Tally(count + 1, len(log_sigma)), _Taylor(stack) if gradients else None
+    tally, taylor = _Tally(count + 1, len(log_sigma), total), _Taylor(stack) if gradients else None
     for draw in draws:
         with stack.skipped(*gone):
             _skip_each(stack, draw, left, tally)
@@ -78,7 +82,7 @@ def measure_blocks(
     every = tally.tables()
     every["x0_error"] = every["loss"] * x0_error_scale.double().cpu()
     skipped = {key: table[:-1] for key, table in every.items()}
-    fixed = {"magnitude": _magnitude(stack)} | ({"taylor": taylor.scores()} if taylor else {})
+    fixed = {"magnitude": _magnitude(stack)} | ({"taylor": taylor.scores(total)} if taylor else {})
     for table in (*skipped.values(), *fixed.values()):
         if not bool(table[left].isfinite().all()):
             raise UserError("a prediction without one of the blocks is not finite: the weights are damaged or overflow")
@@ -101,20 +105,22 @@ def _skip_each(stack: BlockStack, draw: Draw, blocks: list[int], tally: _Tally) 
     """The full pass, and one without each block, which starts from what the full pass left behind."""
     with stack.recorded() as calls:
         full, target = draw.call()
+    samples, part = len(full), slice(draw.counted)
+    full, target = full[part], target[part]
     tally.add(len(stack), draw.level, full, target, full)
     for index in blocks:
         before, after = stack.hidden_states(index, calls)
-        alike = cosine_similarity(before.double(), after.double(), dim=-1).mean()
-        tally.bi[index, draw.level] += len(full) * (1 - alike)
+        alike = cosine_similarity(before.double(), after.double(), dim=-1).reshape(samples, -1).mean(1)
+        tally.bi[index, draw.level] += (1 - alike[part]).sum()
         with stack.skipped(index, calls=calls):
-            tally.add(index, draw.level, draw.call()[0], target, full)
+            tally.add(index, draw.level, draw.call()[0][part], target, full)
 
 
 class _Tally:
     """Sums over the draws of each noise level, a row for each block and the last for the full model; on the device."""
 
-    def __init__(self, rows: int, levels: int) -> None:
-        self.rows, self.levels, self.shape = rows, levels, 0
+    def __init__(self, rows: int, levels: int, total: Callable[[Tensor], Tensor]) -> None:
+        self.rows, self.levels, self.shape, self.total = rows, levels, 0, total
         self.level, self.done = -1, set[int]()
 
     def _begin(self, prediction: Tensor) -> None:
@@ -147,8 +153,14 @@ class _Tally:
         """The mean of each element can be compared only when all draws of a level are in."""
         if self.level >= 0:
             self.done.add(self.level)
-            n = self.samples[self.level]
-            distance, shift = self.sums["output_distance"][:, self.level] / n, (self.drift / n).square().mean(1)
+            columns = [table[:, self.level] for table in (*self.sums.values(), self.bi)]
+            counted = self.samples[self.level].expand(self.rows)
+            summed = self.total(torch.cat([self.drift, torch.stack([*columns, counted], dim=1)], dim=1))
+            for column, values in zip(columns, summed[:, self.shape : -1].unbind(1), strict=True):
+                column.copy_(values)
+            self.samples[self.level] = n = summed[0, -1]
+            drift = summed[:, : self.shape] / n
+            distance, shift = self.sums["output_distance"][:, self.level] / n, drift.square().mean(1)
             # a mean over n draws has a square of its own: the variance of the distance, over n
             self.shift[:, self.level] = (shift - (distance - shift) / (n - 1).clamp(min=1)).clamp(min=0).sqrt()
 
@@ -184,16 +196,17 @@ class _Taylor:
         flat = [p for block in self.weights for p in block]
         with torch.enable_grad(), trainable(flat):
             prediction, target = draw.call()
-            loss = (prediction.float() - target.float()).square().flatten(1).mean(1).sum()
+            loss = (prediction.float() - target.float()).square().flatten(1).mean(1)[: draw.counted].sum()
             gradients = torch.autograd.grad(loss, flat, allow_unused=True)
         for total, gradient in zip((s for block in self.sums for s in block), gradients, strict=True):
             if gradient is not None:  # None: a block that counts as removed
                 total += gradient
 
-    def scores(self) -> Tensor:
+    def scores(self, total: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum of |weight * gradient| over each block [B]."""
         pairs = [zip(*block, strict=True) for block in zip(self.weights, self.sums, strict=True)]
-        return torch.tensor([sum(float((w * g).abs().sum()) for w, g in block) for block in pairs], dtype=torch.float64)
+        sums = [sum(float((weight * total(gradient)).abs().sum()) for weight, gradient in block) for block in pairs]
+        return torch.tensor(sums, dtype=torch.float64)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
@@ -16,14 +19,50 @@ from entrecipes.diffusion.family import Family
 from entrecipes.errors import UserError
 
 
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One process among those that share an evaluation."""
+    """One process among those that share a measurement; without arguments, the only one."""
 
     rank: int = 0
     world_size: int = 1
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    gather: Callable[[Tensor], Tensor] = _unchanged
     """Concatenates equally sized tensors of all processes along the first dimension, in rank order."""
+    sum: Callable[[Tensor], Tensor] = _unchanged
+    """Adds up tensors of all processes."""
+    device: torch.device | None = None
+    """Where tensors must be for both; None: anywhere."""
+
+    @classmethod
+    def here(cls) -> Shard:
+        """This process among those that a launcher has started; accelerate's state must know of them already."""
+        state = PartialState()
+        total = partial(reduce, reduction="sum")
+        return cls(state.process_index, state.num_processes, gather, total, state.device)
+
+    def rows(self, count: int) -> Tensor:
+        """This process's share of `count` items, int64 [share].
+
+        All shares are equally long, as gathering wants it: the last ones repeat the last item.
+        """
+        share = -(-count // self.world_size)
+        return torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=count - 1)
+
+    def own(self, count: int) -> int:
+        """How many of those are not repeated; they come first."""
+        share = -(-count // self.world_size)
+        return min(max(count - self.rank * share, 0), share)
+
+    def join(self, part: Tensor, count: int) -> Tensor:
+        """The shares [share, ...] of all processes as one [count, ...], without what was repeated."""
+        return self.gather(part.to(self.device))[:count]
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over processes, where the part is."""
+        return self.sum(part.to(self.device)).to(part.device)
 
 
 def offload(pipeline: DiffusionPipeline, how: str, device: torch.device, folder: Path | None = None) -> None:
@@ -90,12 +129,9 @@ def generate(
     Returns:
         uint8 [count, C, H, W] (sequences: symbol ids [count, L]; clips: [count, 3, F, H, W]) on the CPU.
     """
-    share = -(-count // shard.world_size)
-    mine = [min(i, count - 1) for i in range(shard.rank * share, (shard.rank + 1) * share)]
     images = []
-    for start in range(0, share, batch_size):
-        indices = mine[start : start + batch_size]
+    for indices in map(Tensor.tolist, shard.rows(count).split(batch_size)):
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
         wanted = [condition[i] for i in indices] if condition is not None else None
         images.append(family.generate(pipeline, wanted, len(indices), steps, guidance_scale, generators, **options))
-    return shard.gather(torch.cat(images))[:count].cpu()
+    return shard.join(torch.cat(images), count).cpu()

@@ -148,17 +148,17 @@ class HeldOutBundle:
             batch_size: Pairs evaluated at a time; the result depends on it only by rounding.
             shard: Processes that share the images; every one gets the whole result.
         """
-        total = len(self.x0)
-        rank, world_size = (shard.rank, shard.world_size) if shard else (0, 1)
-        share = math.ceil(total / world_size)
-        # All shares are equally long, as gathering wants it: the last ones repeat the last image, cut off again below.
-        mine = torch.arange(rank * share, (rank + 1) * share, device=self.x0.device).clamp(max=total - 1)
-        errors: list[list[Tensor]] = [[] for _ in self.log_sigma]
+        errors = self.each(lambda *batch: x0_error(*batch).float(), batch_size, shard)
+        return self._result(errors.cpu().double() * self.x0[0].numel())
+
+    def each(self, value: X0Error, batch_size: int, shard: Shard | None = None) -> Tensor:
+        """One value of every pair of image and noise level [N, L], on the device; arguments as for `measure`."""
+        mine = shard.rows(len(self.x0)).to(self.x0.device) if shard else None
+        values: list[list[Tensor]] = [[] for _ in self.log_sigma]
         for level, batch in self.batches(batch_size, mine):
-            errors[level].append(x0_error(*batch).float())
-        stacked = torch.stack([torch.cat(parts) for parts in errors], dim=1)
-        gathered = shard.gather(stacked) if shard else stacked
-        return self._result(gathered[:total].cpu().double() * self.x0[0].numel())
+            values[level].append(value(*batch))
+        stacked = torch.stack([torch.cat(parts) for parts in values], dim=1)
+        return shard.join(stacked, len(self.x0)) if shard else stacked
 
     def _result(self, errors: Tensor) -> HeldOutResult:
         """From the errors of all pairs [N, L], summed over dimensions."""

@@ -15,6 +15,7 @@ from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.pipelines import Components
 from entrecipes.errors import UserError
 from entrecipes.evaluation.drawing import draw_x0
+from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.information.profile import Profile
 from entrecipes.information.values import value_statistics
@@ -62,6 +63,7 @@ def measure_profile(
     section: HeldOut,
     batch_size: int = 64,
     expect: Callable[[float], None] = lambda seconds: None,
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> MeasuredProfile:
     """Measure the x0 error on a fixed bundle of images, noise and noise levels; held-out images where there are any.
 
@@ -71,6 +73,7 @@ def measure_profile(
         section: How many images and levels, and the seed; its gate is not used.
         batch_size: Images at a time.
         expect: Called with the seconds that it will take, judged from the first batch.
+        shard: Processes that share the images; every one gets the whole result.
 
     Raises:
         UserError: For data that can't be asked for chosen images or has one value only, and for a model that fails on
@@ -88,9 +91,12 @@ def measure_profile(
         raise UserError(f"data: all numbers of the {len(x0)} images are the same: there is no information to measure")
     denoiser = Denoiser(components.model.to(device).eval(), components.family, components.path)
     bundle = HeldOutBundle(section, x0, condition, components.path)
-    expect(seconds_of_one_batch(denoiser, bundle, batch_size) * len(bundle.log_sigma) * len(x0) / batch_size)
+    mine = len(shard.rows(len(x0)))
+    expect(seconds_of_one_batch(denoiser, bundle, batch_size) * len(bundle.log_sigma) * mine / batch_size)
     start = time.perf_counter()
-    found = bundle.measure(denoiser.x0_error, batch_size)  # gives its result on the CPU, hence waits for the device
+    found = bundle.measure(
+        denoiser.x0_error, batch_size, shard
+    )  # gives its result on the CPU, hence waits for the device
     seconds = time.perf_counter() - start
     if not bool(found.x0_error.isfinite().all()):
         worst = found.log_sigma[~found.x0_error.isfinite()][0].exp().item()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from entrecipes.diffusion.path import GaussianPath
 from entrecipes.errors import UserError
 from entrecipes.evaluation.drawing import draw_x0
 from entrecipes.evaluation.evaluator import evaluating
+from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.profiling import seconds_of_one_batch
 from entrecipes.fingerprint import fingerprint
@@ -47,6 +50,7 @@ class Scoring:
         x0: Clean images or latents, float [n, ...], on the device where the model will be.
         condition: Class labels int64 [n], condition maps float [n, C, F, H, W], or None.
         batch_size: Images at a time; the hidden states of all blocks are held for so many.
+        shard: Processes that share the images; every one gets the whole result.
         data: Name of the data, for the origin.
         data_fingerprint: What tells the data set that x0 is drawn from from any other.
         model: Name of the model, for the origin; None: that of its class.
@@ -61,11 +65,13 @@ class Scoring:
         condition: Tensor | None,
         *,
         batch_size: int = 64,
+        shard: Shard = Shard(),  # noqa: B008 (frozen)
         data: str,
         data_fingerprint: str,
         model: str | None = None,
     ) -> None:
-        self.section, self.family, self.path, self.batch_size = section, family, path, batch_size
+        self.section, self.family, self.path = section, family, path
+        self.batch_size, self.shard = batch_size, shard
         self.bundle = HeldOutBundle(section, x0, condition, path)
         self.data, self.data_fingerprint, self.model = data, data_fingerprint, model
 
@@ -79,6 +85,7 @@ class Scoring:
         batch_size: int = 64,
         model: str | None = None,
         split: Literal["train", "held_out"] = "train",
+        shard: Shard = Shard(),  # noqa: B008 (frozen)
     ) -> Scoring:
         """Draw images of a split by the section's seed.
 
@@ -100,6 +107,7 @@ class Scoring:
             components.path,
             *draw_x0(data, images, section.images, section.seed, device),
             batch_size=batch_size,
+            shard=shard,
             data=data.images.train.name,
             data_fingerprint=images.fingerprint,
             model=model,
@@ -141,11 +149,17 @@ class Scoring:
                 gone=gone,
                 gradients=gradients,
                 origin=origin,
+                total=self.shard.total,
             )
 
     def _draws(self, denoiser: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Draw]:
-        for level, batch in self.bundle.batches(self.batch_size):
-            yield Draw(level, partial(denoiser, *batch))
+        images = len(self.bundle.x0)
+        mine, own = self.shard.rows(images).to(self.bundle.x0.device), self.shard.own(images)
+        for level, batches in itertools.groupby(self.bundle.batches(self.batch_size, mine), itemgetter(0)):
+            left = own
+            for _, batch in batches:
+                yield Draw(level, partial(denoiser, *batch), max(left, 0))
+                left -= len(batch[0])
 
     @torch.no_grad()
     def try_out(self, model: ModelMixin, gradients: bool = True) -> float:
@@ -158,7 +172,7 @@ class Scoring:
         with evaluating(model):
             seconds = seconds_of_one_batch(Denoiser(model, self.family, self.path), self.bundle, self.batch_size)
         passes = 1 + (blocks - 1) / 2 + (3 if gradients else 0)
-        return seconds / self.batch_size * len(self.bundle.x0) * levels * passes
+        return seconds / self.batch_size * len(self.shard.rows(len(self.bundle.x0))) * levels * passes
 
     @torch.inference_mode()
     def loss(self, model: ModelMixin, objective: Objective, weights: Tensor) -> float:
@@ -169,12 +183,13 @@ class Scoring:
             objective: The loss of training.
             weights: What each noise level counts [L], such as `weights` of the run's sampler.
         """
-        denoiser, levels = Denoiser(model, self.family, self.path), len(self.bundle.log_sigma)
-        sums = torch.zeros(levels, dtype=torch.float64, device=self.bundle.x0.device)
+        denoiser = Denoiser(model, self.family, self.path)
+
+        def loss(*batch: Any) -> Tensor:
+            return objective(*denoiser(*batch), batch[2])[0].double()
+
         with evaluating(model):
-            for level, batch in self.bundle.batches(self.batch_size):
-                sums[level] += objective(*denoiser(*batch), batch[2])[0].double().sum()
-        return float(sums.cpu() @ weights.double() / len(self.bundle.x0))
+            return float(self.bundle.each(loss, self.batch_size, self.shard).mean(0).cpu() @ weights.double())
 
     def call(self, model: ModelMixin) -> Tensor:
         """Predict from the first two images at the middle noise level, with gradients where they are on."""

@@ -112,8 +112,7 @@ class Run:
         self.window = Window(3, self.device)
         self.optimizer: Any = None
         self.log = RunLog(folder, self.accelerator, listener)
-        shard = Shard(*place, self.accelerator.gather)
-        self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, shard)
+        self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, Shard.here())
         self.evaluator.check((self.ema or self).model, self.accelerator.main_process_first)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
         kind = "latents" if self.space.latent else self.components.family.kind

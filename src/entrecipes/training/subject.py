@@ -26,7 +26,7 @@ def subject_of(run: Run) -> Subject:
         objective=run.objective,
         noise=run.noise,
         scoring=lambda draws, split="train": Scoring.on_images(
-            draws, run.components, run.data, run.device, batch_size, split=split
+            draws, run.components, run.data, run.device, batch_size, split=split, shard=run.evaluator.shard
         ),
         agree=lambda value: broadcast_object_list([value])[0],
         eligible=lambda name: run.adapter.eligible(name) and run.curriculum.eligible(name),
