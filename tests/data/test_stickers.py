@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from entrecipes.data import captioned_clips, stickers
+from entrecipes.data.loader import batches
 from entrecipes.data.sources.stickers import Item
 from entrecipes.data.sticker_preparation import Collection, StickerOptions, prepare_stickers
 from entrecipes.errors import UserError
@@ -157,6 +159,45 @@ def test_a_folder_with_unreadable_stickers(own):
     assert len(splits.train) == 14 and splits.train.bad_images == ["bar3 (not an image)"]
     with pytest.raises(UserError, match="bar3"):
         stickers.load(StickersData(name=str(other), frames=4, max_bad_clips=0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stickers_on_disk_give_the_batches_of_those_in_memory(own, workers):
+    kept, on_disk = (
+        stickers.load(StickersData(name=str(own), frames=4, held_out=0.2, on_device=where))
+        for where in ("always", "never")
+    )
+    assert on_disk.train.tensor is None and on_disk.held_out.captions == kept.held_out.captions
+    assert on_disk.train.shape == kept.train.shape == (3, 4, 16, 16)
+    found = [
+        list(itertools.islice(batches(image_set.train, seed=1, batch_size=4, num_workers=workers), 9))
+        for image_set in (kept, on_disk)
+    ]
+    for one, other in zip(*found, strict=True):
+        for name in ("images", "lengths", "motion", "indices"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    again = stickers.load(StickersData(name=str(own), frames=4, held_out=0.2, on_device="never")).train
+    assert again.fingerprint == on_disk.train.fingerprint
+    assert torch.equal(on_disk.train.subset([5, 2]).in_memory().tensor, kept.train.tensor[[5, 2]])
+
+
+def test_an_unreadable_sticker_met_while_training_is_replaced_with_all_that_is_known_of_it(own):
+    table = datasets.load_from_disk(str(own)).cast_column("image", datasets.Image(decode=False))
+    rows = table.to_list()
+    rows[2]["image"]["bytes"] = b"not an image"
+    rows[3]["static"] = True  # the next one, to be told apart by its length
+    other = own.parent / "other"
+    datasets.Dataset.from_list(rows, features=table.features).save_to_disk(str(other))
+    (other / "prepared.json").write_text((own / "prepared.json").read_text())
+    section = StickersData(name=str(other), frames=4, held_out=0, on_device="never")
+    train = stickers.load(section).train
+    found = next(batches(train, seed=0, batch_size=len(train)))
+    met = found.indices == 2
+    assert found.lengths[met].tolist() == [1] and torch.equal(found.images[met][0], train.image(3))
+    assert train.bad_images == ["bar2 (not an image)"]
+    strict = stickers.load(section.model_copy(update={"max_bad_clips": 0})).train
+    with pytest.raises(UserError, match=r"data\.max_bad_clips"):
+        next(batches(strict, seed=0, batch_size=len(strict)))
 
 
 def test_captioned_clips(motions):

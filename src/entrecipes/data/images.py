@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,6 +143,7 @@ class ImageSet:
         mirrored: Latent sets only: the latents of the mirrored images, same shape.
         rows: Images on disk, decoded when asked for, or latents on disk.
         max_bad_images: How many unreadable images a lazy set may skip.
+        bad_key: The recipe's key of that limit.
         num_workers: Decoding processes for a lazy set.
     """
 
@@ -163,6 +164,7 @@ class ImageSet:
     mirrored: Tensor | None = None
     rows: Rows | None = None
     max_bad_images: int = 0
+    bad_key: str = "max_bad_images"
     num_workers: int = 0
 
     def __len__(self) -> int:
@@ -181,6 +183,23 @@ class ImageSet:
             return self.rows.image(index)
         except BadImage as error:
             raise UserError(f"{self.name}: can't read {error}. Replace or remove that file.") from None
+
+    def check_bad(self, names: Iterable[str]) -> None:
+        """Add unreadable images to `bad_images`. Raises UserError once there are more than the recipe tolerates."""
+        self.bad_images.extend(name for name in dict.fromkeys(names) if name not in self.bad_images)
+        check_bad_images(self.bad_images, self.max_bad_images, self.name, key=self.bad_key)
+
+    def in_memory(self) -> ImageSet:
+        """The same set with all its images read, without those that can't be. Raises UserError for too many of them."""
+        if self.rows is None:
+            return self
+        images: dict[int, Tensor] = {}
+        for index in range(len(self)):
+            try:
+                images[index] = self.rows.image(index)
+            except BadImage as error:
+                self.check_bad([str(error)])
+        return replace(self.subset(list(images)), tensor=torch.stack(list(images.values())), rows=None)
 
     def label_counts(self) -> dict[str, int]:
         """Images of each class, in class order; empty without labels."""

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
-from entrecipes.data.images import BadImage, ImageSet, check_bad_images
+from entrecipes.data.images import BadImage, ImageSet
 from entrecipes.data.making import Making
 from entrecipes.data.places import home
 from entrecipes.data.shards import LazyTensor, Shards
@@ -76,8 +76,7 @@ def cache_latents(
     else:
         logger.info("latent cache hit: %d images of %s at %s", len(shards), image_set.name, shards)
     bad = shards.bad
-    image_set.bad_images.extend(name for name in bad.values() if name not in image_set.bad_images)
-    check_bad_images(list(bad.values()), image_set.max_bad_images, image_set.name)
+    image_set.check_bad(bad.values())
     kept = image_set.subset([i for i in range(len(image_set)) if i not in bad]) if bad else image_set
     if on_device == "never" or (on_device == "auto" and shards.bytes > IN_MEMORY_BYTES):
         rows = LatentRows(shards.lazy("plain"), shards.lazy("mirrored"))
@@ -108,11 +107,6 @@ def _making(
         images, bad = read_images(image_set, rows)
         return encode(images) if len(images) else {}, bad
 
-    def check_bad(bad: dict[int, str]) -> None:
-        names = list(bad.values())
-        image_set.bad_images.extend(name for name in names if name not in image_set.bad_images)
-        check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
-
     def row_bytes() -> int:
         return sum(part.nbytes for part in encode(torch.zeros(1, *image_set.shape, dtype=torch.uint8)).values())
 
@@ -123,7 +117,16 @@ def _making(
         "vae": {"id": vae_id, "class": type(vae).__name__, "dtype": str(vae.dtype).removeprefix("torch.")},
         "labels": image_set.label_names,
     }
-    return Making(folder, len(image_set), batch_size, make, row_bytes, about, check_bad=check_bad, thorough=thorough)
+    return Making(
+        folder,
+        len(image_set),
+        batch_size,
+        make,
+        row_bytes,
+        about,
+        check_bad=lambda bad: image_set.check_bad(bad.values()),
+        thorough=thorough,
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from entrecipes.data.images import BadImage, ImageSet, Rows, check_bad_images
+from entrecipes.data.images import BadImage, ImageSet, Rows
 from entrecipes.data.shards import LazyTensor
 from entrecipes.data.stream import IterableImageSet, stream_batches
 from entrecipes.errors import UserError
@@ -223,8 +223,7 @@ def _from_files(
         generator=torch.Generator(),  # its own: by default a DataLoader draws from the global random state
     )
     for (images, used, indices), bad in loader:
-        image_set.bad_images.extend(name for name in dict.fromkeys(bad) if name not in image_set.bad_images)
-        check_bad_images(image_set.bad_images, image_set.max_bad_images, image_set.name)
+        image_set.check_bad(bad)
         beside = {name: values[used] for name, values in _beside(image_set).items()}
         images, indices, *values = _move((images, indices, *beside.values()), device)
         yield Batch(images, **({"labels": None} | dict(zip(beside, values, strict=True))), indices=indices)

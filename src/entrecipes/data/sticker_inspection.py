@@ -70,7 +70,8 @@ def inspect_stickers(name: str, *, count: int = 48, seed: int = 0) -> StickerIns
     bad, shown = list(whole.noted["bad"]), []
     for index in sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))):
         try:
-            shown.append((rows[index]["caption"], read_clip(rows[index], options["size"], options["frames"])))
+            clip = read_clip(whole.dataset[index], options["size"], options["frames"])
+            shown.append((rows[index]["caption"], clip))
         except Exception as error:  # Pillow's decoders have no common error
             bad.append(f"{rows[index]['id']} ({why_unreadable(error)})")
     if not shown:

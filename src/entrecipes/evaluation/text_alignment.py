@@ -105,9 +105,9 @@ class _Aligned(TextJudge):
 
 
 def _pairs(images: ImageSet, most: int, seed: int) -> ImageSet:
-    """At most that many of them, drawn by the seed."""
+    """At most that many of them, drawn by the seed, in memory."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images.subset(order[:most].sort().values)
+    return images.subset(order[:most].sort().values).in_memory()
 
 
 def caption_alignment(

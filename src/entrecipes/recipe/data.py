@@ -233,6 +233,10 @@ class StickersData(StickerKeys):
     """Train on still stickers, too: clips of one frame."""
     groups: tuple[str, ...] = Field(("*",), min_length=1)
     """Patterns of the groups to take, such as `Animals*`."""
+    on_device: Literal["auto", "always", "never"] = "auto"
+    """Keep all clips as uint8 on the training device; auto: when they fit in 2 GiB."""
+    num_workers: int = Field(2, ge=0)
+    """Decoding processes when the clips are not kept on the device."""
 
 
 @register("data", implementation="entrecipes.data.captioned_clips:load")

@@ -136,9 +136,9 @@ def _experts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
     data = recipe.data
+    if getattr(data, "on_device", None) == "always":
+        yield "data.num_workers", "with on_device: always"
     if isinstance(data, FolderData | HubData | PreparedData):
-        if data.on_device == "always":
-            yield "data.num_workers", "with on_device: always"
         if data.label_column is None and data.caption_column is None:
             yield "training.label_dropout", "without data.label_column"
             yield "evaluation.guidance_scale", "without data.label_column"
