@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +33,8 @@ class Fault:
     """What goes wrong with requests of a kind: an error's `status`, a cut connection, or a pause.
 
     `cut`: `upload` closes the connection in the middle of the request's body, `download` in the middle of the answer's,
-    `answer` does what was asked and closes it before saying so.
+    `answer` does what was asked and closes it before saying so. `do` is called first, for what others do meanwhile. In
+    `message`, "{token}" stands for the token that was sent.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Fault:
     times: float = 1
     message: str = "injected"
     headers: dict[str, str] = field(default_factory=dict)
+    do: Callable[[], object] | None = None
 
     def strikes(self, method: str, path: str) -> bool:
         """Whether this request is one of those; counts it."""
@@ -158,6 +160,8 @@ class Handler(Routes, BaseHTTPRequestHandler):
             self.body = self.read_body()
             if self.fault:
                 time.sleep(self.fault.delay)
+                if self.fault.do:
+                    self.fault.do()
                 if self.fault.status:
                     raise Refused(self.fault.status, self.fault.message, None, **self.fault.headers)
             self.find()

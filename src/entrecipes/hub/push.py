@@ -48,7 +48,7 @@ def push(
     """
     run = RunFolder(folder)
     check_finished(run)
-    hub = Hub.model_validate(run.recipe.get("hub") or {})
+    hub = asked_for(run)
     repo_id, revision = repo_id or hub.repo_id, revision or hub.revision
     if repo_id is None:
         raise UserError(f"{run.path}: push it where? Give --repo-id owner/name, or set hub.repo_id in the recipe")
@@ -60,6 +60,11 @@ def push(
         return commit_files(parts, repo_id, message, private=private, revision=revision)
     except Refused as refused:
         raise refused.naming(command(run.path, repo_id, private, revision, what)) from None
+
+
+def asked_for(run: RunFolder) -> Hub:
+    """The section `hub:` of a run's recipe."""
+    return Hub.model_validate(run.recipe.get("hub") or {})
 
 
 def check_finished(run: RunFolder) -> None:

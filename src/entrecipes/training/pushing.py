@@ -14,7 +14,7 @@ from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.pipelines import load_components
 from entrecipes.errors import UserError
 from entrecipes.hub import Pushed, commit_files, push
-from entrecipes.hub.push import command
+from entrecipes.hub.push import asked_for, command
 from entrecipes.hub.refusals import Refused
 from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
@@ -62,7 +62,7 @@ def push_all(
     """
     folder = Path(folder)
     yield push(folder, repo_id, private, revision, what)
-    hub = load(folder / "recipe.yaml").recipe.hub
+    hub = asked_for(RunFolder(folder))
     if hub.checkpoints if checkpoints is None else checkpoints:
         private = hub.private if private is None else private
         yield from push_checkpoints(folder, repo_id or hub.repo_id, private)
