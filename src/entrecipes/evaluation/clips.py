@@ -14,10 +14,11 @@ from torch import Tensor
 
 from entrecipes.errors import UserError, nearest
 from entrecipes.evaluation.features import FeatureExtractor, torchmetrics_image
-from entrecipes.evaluation.metrics import ALONE, MEASURES, Origin, embed, kid, kid_subset_size
+from entrecipes.evaluation.generation import Shard
+from entrecipes.evaluation.metrics import ALONE, MEASURES, Origin, embed, frechet, kid, kid_subset_size
 from entrecipes.evaluation.pose_detector import PoseDetector, pose_metrics
 from entrecipes.evaluation.result import Metric, metric_name
-from entrecipes.evaluation.video_features import VideoExtractor
+from entrecipes.evaluation.video_features import Frames, VideoExtractor
 from entrecipes.recipe.evaluation import IMAGE_METRICS, METRICS
 
 LEAST_CLIPS = 4
@@ -35,6 +36,8 @@ class ClipSide:
     batch_size: int
     frame_features: Tensor | None = field(default=None)
     """Features of all frames [N * F, D], clip after clip."""
+    shard: Shard = Shard()
+    """Processes that hold the same clips and look at a share each."""
 
     @property
     def frames(self) -> Tensor:
@@ -44,13 +47,19 @@ class ClipSide:
     def features(self) -> Tensor:
         """`frame_features`, computed when first asked for."""
         if self.frame_features is None:
-            self.frame_features = embed(self.frames, self.extractor, self.batch_size)
+            self.frame_features = embed(self.frames, self.extractor, self.batch_size, self.shard)
         return self.frame_features
 
     @cached_property
     def descriptors(self) -> Tensor:
         """One vector a clip [N, D]."""
-        return self.video(self.clips, lambda: self.features().unflatten(0, (len(self.clips), -1)))
+        return self.each(self.video)
+
+    def each(self, describe: Callable[[Tensor, Frames], Tensor]) -> Tensor:
+        """One vector a clip [N, D], from the clips and the way to their frames' features."""
+        count, of = len(self.clips), self.shard.of
+        vectors = describe(of(self.clips), lambda: of(self.features().unflatten(0, (count, -1))))
+        return self.shard.join(vectors, count).cpu()
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ def sides(
     video: VideoExtractor | None,
     batch_size: int,
     real_fingerprint: str | None,
+    shard: Shard,
 ) -> tuple[ClipSide, ClipSide]:
     """The real and the generated clips; see [`compare_clips`].
 
@@ -100,8 +110,8 @@ def sides(
     known = _REAL.setdefault(extractor, {}) if real_fingerprint else {}
     key = f"{real_fingerprint}-{video and (video.tag, video.version)}"
     if key not in known:
-        known[key] = ClipSide(real, extractor, video, batch_size)
-    return known[key], ClipSide(fake, extractor, video, batch_size)
+        known[key] = ClipSide(real, extractor, video, batch_size, shard=shard)
+    return known[key], ClipSide(fake, extractor, video, batch_size, shard=shard)
 
 
 def check_metrics(metrics: Sequence[str], kind: str) -> None:
@@ -124,6 +134,7 @@ def compare_clips(
     seed: int = 0,
     origin: Origin | None = None,
     real_fingerprint: str | None = None,
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> list[Metric]:
     """Measure generated clips against the real ones whose poses and reference images they were generated from.
 
@@ -141,6 +152,7 @@ def compare_clips(
         origin: What the caller knows of the samples (split, sampler, steps, seed, ema).
         real_fingerprint: Identifies the real clips, down to their selection: what the networks see in them is then kept
             in memory as long as the extractor lives.
+        shard: Processes that hold the same clips and look at a share each.
 
     Returns:
         Metrics in the order asked.
@@ -149,7 +161,7 @@ def compare_clips(
         UserError: For an unknown metric, clips that don't pair or are too few, or a number that isn't finite.
     """
     check_metrics(metrics, "clips")
-    both = sides(real, fake, extractor, video, batch_size, real_fingerprint)
+    both = sides(real, fake, extractor, video, batch_size, real_fingerprint, shard)
     about = {**(origin or {}), "samples": len(fake), "frames": fake.shape[2], "size": fake.shape[-1]}
     pairs = Pairs(*both, seed, about, keypoints, detector)
     # The perceptual distance embeds the frames on its way, so that it goes first.
@@ -184,7 +196,7 @@ def _measure_perceptual(pairs: Pairs) -> list[Metric]:
     Feature maps of several stages, each position's vector of unit length: the squared distance, mean over positions and
     stages; 0 for equal frames, 2 for unrelated directions, 4 at most.
     """
-    extractor, maps, distances, features = pairs.fake.extractor, [], [], []
+    extractor, shard, maps, distances, features = pairs.fake.extractor, pairs.fake.shard, [], [], []
     if not extractor.stages:
         raise UserError(
             f"evaluation.metrics: 'perceptual' knows no stages of {extractor.name}; use `features.type: "
@@ -193,7 +205,7 @@ def _measure_perceptual(pairs: Pairs) -> list[Metric]:
     handles = [module.register_forward_hook(lambda _, __, output: maps.append(output)) for module in extractor.stages]
     try:
         half = max(1, pairs.fake.batch_size // 2)
-        for both in zip(pairs.real.frames.split(half), pairs.fake.frames.split(half), strict=True):
+        for both in zip(*(shard.of(side.frames).split(half) for side in (pairs.real, pairs.fake)), strict=True):
             maps.clear()
             features.append(extractor(torch.cat(both)).cpu().chunk(2))
             halves = [F.normalize(map_.float(), dim=1).chunk(2) for map_ in maps]
@@ -202,9 +214,11 @@ def _measure_perceptual(pairs: Pairs) -> list[Metric]:
     finally:
         for handle in handles:
             handle.remove()
-    pairs.real.frame_features, pairs.fake.frame_features = (torch.cat(side) for side in zip(*features, strict=True))
+    count = len(pairs.fake.frames)
+    distance, *both = (shard.join(torch.cat(parts), count).cpu() for parts in (distances, *zip(*features, strict=True)))
+    pairs.real.frame_features, pairs.fake.frame_features = both
     about = {"extractor": extractor.name, "extractor_version": extractor.version, "stages": len(extractor.stages)}
-    values = pairs.by_clip(torch.cat(distances))
+    values = pairs.by_clip(distance)
     return [pairs.metric("perceptual", extractor.tag, values, higher_is_better=False, **about)]
 
 
@@ -221,20 +235,6 @@ def _measure_frames(name: str, pairs: Pairs) -> list[Metric]:
         "clips": len(pairs.fake.clips),
     }
     return MEASURES[name](real, fake, pairs.seed, f"frames_{extractor.tag}", about)
-
-
-def frechet(real: Tensor, fake: Tensor) -> float:
-    """Frechet distance of two Gaussians fitted to [N, D] and [M, D], exact also where D is far above N.
-
-    The trace of the root of the product of both covariances is the sum of the singular values of an N x M matrix
-    (centred descriptors of one side times those of the other), so that no D x D matrix is needed.
-    """
-    real, fake = real.double(), fake.double()
-    means = real.mean(0), fake.mean(0)
-    centred = [(side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((real, fake), means, strict=True)]
-    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    variances = sum(side.square().sum() for side in centred)
-    return float((means[0] - means[1]).square().sum() + variances - 2 * cross)
 
 
 def _measure_fvd(pairs: Pairs) -> list[Metric]:

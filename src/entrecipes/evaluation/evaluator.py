@@ -251,7 +251,7 @@ class Evaluator:
         if kind == "sequences":
             symbols = self.components.channels
             return own + compare_ngrams(drawn.numpy(), fake.numpy(), symbols, seed=section.seed, origin=origin)
-        about |= {"real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}"}
+        about |= {"real_fingerprint": f"{real.fingerprint}-{section.seed}-{count}", "shard": self.shard}
         if kind == "clips":
             joints = None if real.keypoints is None else real.keypoints[indices]
             return own + compare_clips(names, self.extractor, shown, fake, keypoints=joints, **self.judges, **about)

@@ -51,6 +51,10 @@ class Shard:
         share = -(-count // self.world_size)
         return torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=count - 1)
 
+    def of(self, items: Tensor) -> Tensor:
+        """This process's share of items [count, ...], along the first dimension."""
+        return items if self.world_size == 1 else items[self.rows(len(items)).to(items.device)]
+
     def own(self, count: int) -> int:
         """How many of those are not repeated; they come first."""
         share = -(-count // self.world_size)

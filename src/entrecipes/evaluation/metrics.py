@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from entrecipes.errors import UserError, nearest
 from entrecipes.evaluation.features import FeatureExtractor, torchmetrics_image
+from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.result import Metric, metric_name
 
 Origin = Mapping[str, str | int | float | None]
@@ -24,12 +25,25 @@ ALONE = {"sync_on_compute": False}
 _REAL_FEATURES: WeakKeyDictionary[FeatureExtractor, dict[str, Tensor]] = WeakKeyDictionary()
 
 
-def embed(images: Tensor | Iterable[Tensor], extractor: FeatureExtractor, batch_size: int) -> Tensor:
+def embed(
+    images: Tensor | Iterable[Tensor],
+    extractor: FeatureExtractor,
+    batch_size: int,
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
+) -> Tensor:
     """Features of uint8 images [N, C, H, W] (one tensor, or batches of any size): float32 [N, F] on the CPU.
+
+    Args:
+        images: Of one tensor, processes embed a share each; every one gets all features.
+        extractor: Embeds them.
+        batch_size: Images at a time.
+        shard: This process among those that all have these images.
 
     Raises:
         UserError: If there are no images.
     """
+    if isinstance(images, Tensor) and len(images) and shard.world_size > 1:
+        return shard.join(embed(shard.of(images), extractor, batch_size), len(images)).cpu()
     batches = [images] if isinstance(images, Tensor) else images
     features = [extractor(part).cpu() for batch in batches for part in batch.split(batch_size)]
     if not features:
@@ -58,6 +72,20 @@ def fid(real: Tensor, fake: Tensor) -> float:
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return float(metric.compute())
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of two Gaussians fitted to [N, D] and [M, D], exact also where D is far above N.
+
+    The trace of the root of the product of both covariances is the sum of the singular values of an N x M matrix
+    (centred descriptors of one side times those of the other), so that no D x D matrix is needed.
+    """
+    real, fake = real.double(), fake.double()
+    means = real.mean(0), fake.mean(0)
+    centred = [(side - mean) / (len(side) - 1) ** 0.5 for side, mean in zip((real, fake), means, strict=True)]
+    cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    variances = sum(side.square().sum() for side in centred)
+    return float((means[0] - means[1]).square().sum() + variances - 2 * cross)
 
 
 def kid_subset_size(real: int, fake: int) -> int:
@@ -110,13 +138,17 @@ def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = NEIGHBOURS
 
 
 def _real_features(
-    real: Tensor | Iterable[Tensor], extractor: FeatureExtractor, batch_size: int, fingerprint: str | None
+    real: Tensor | Iterable[Tensor],
+    extractor: FeatureExtractor,
+    batch_size: int,
+    fingerprint: str | None,
+    shard: Shard,
 ) -> Tensor:
     if fingerprint is None:
-        return embed(real, extractor, batch_size)
+        return embed(real, extractor, batch_size, shard)
     known = _REAL_FEATURES.setdefault(extractor, {})
     if fingerprint not in known:
-        known[fingerprint] = embed(real, extractor, batch_size)
+        known[fingerprint] = embed(real, extractor, batch_size, shard)
     return known[fingerprint]
 
 
@@ -130,6 +162,7 @@ def compare(
     seed: int = 0,
     origin: Origin | None = None,
     real_fingerprint: str | None = None,
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> list[Metric]:
     """Measure generated images against real ones.
 
@@ -142,6 +175,7 @@ def compare(
         origin: What the caller knows of the samples (split, sampler, steps, guidance_scale, seed, ema).
         real_fingerprint: Identifies the real images, down to their selection and size: their features are then kept in
             memory as long as the extractor lives, and `real` isn't read again.
+        shard: Processes that hold the same images and embed a share each.
 
     Returns:
         Metrics in the order asked, named by extractor and count of generated images.
@@ -152,8 +186,8 @@ def compare(
     for name in metrics:
         if name not in MEASURES:
             raise UserError(f"evaluation.metrics: there is no '{name}'{nearest(name, MEASURES)}")
-    real_features = _real_features(real, extractor, batch_size, real_fingerprint)
-    fake_features = embed(fake, extractor, batch_size)
+    real_features = _real_features(real, extractor, batch_size, real_fingerprint, shard)
+    fake_features = embed(fake, extractor, batch_size, shard)
     counts = len(real_features), len(fake_features)
     if min(counts) < NEIGHBOURS + 2:
         raise UserError(

@@ -21,6 +21,7 @@ from entrecipes.evaluation.clips import (
     sides,
 )
 from entrecipes.evaluation.features import FeatureExtractor
+from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.metrics import Origin
 from entrecipes.evaluation.result import Metric, metric_name
 from entrecipes.evaluation.text_alignment import TextJudge
@@ -51,6 +52,7 @@ def compare_stickers(
     seed: int = 0,
     origin: Origin | None = None,
     real_fingerprint: str | None = None,
+    shard: Shard = Shard(),  # noqa: B008 (frozen)
 ) -> list[Metric]:
     """Measure generated stickers against the real ones whose captions and frames they were generated from.
 
@@ -69,6 +71,7 @@ def compare_stickers(
         origin: What the caller knows of the samples (split, sampler, steps, seed, ema).
         real_fingerprint: Identifies the real clips, down to their selection: what the networks see in them is then kept
             in memory as long as the extractor lives.
+        shard: Processes that hold the same clips and look at a share each.
 
     Returns:
         Metrics in the order asked.
@@ -78,7 +81,7 @@ def compare_stickers(
             number that isn't finite.
     """
     check_metrics(metrics, "stickers")
-    both = sides(real, fake, extractor, video, batch_size, real_fingerprint)
+    both = sides(real, fake, extractor, video, batch_size, real_fingerprint, shard)
     about = {**(origin or {}), "samples": len(fake), "frames": fake.shape[2], "size": fake.shape[-1]}
     pairs = StickerPairs(*both, seed, about, captions=captions, given=given.bool().cpu(), text=text)
     return [metric for name in metrics for metric in _MEASURES[name](pairs)]
@@ -89,7 +92,7 @@ def _measure_fvd(pairs: StickerPairs) -> list[Metric]:
     real = pairs.real
     held = _by_clip(real)[:, :1].expand(-1, real.clips.shape[2], -1).flatten(0, 1)
     still = real.clips[:, :, :1].expand_as(real.clips)
-    side = ClipSide(still, real.extractor, real.video, real.batch_size, frame_features=held)
+    side = ClipSide(still, real.extractor, real.video, real.batch_size, held, real.shard)
     distance, kernel = CLIP_MEASURES["fvd"](pairs)
     first = {"first_frame_held": round(frechet(real.descriptors, side.descriptors), 4)}
     return [replace(distance, origin=distance.origin | first), kernel]
@@ -103,9 +106,7 @@ def _measure_text(pairs: StickerPairs) -> list[Metric]:
             "evaluation.metrics: 'text' needs clips with captions; leave it out, or take data that have some"
         )
     texts = judge.captions(captions)
-    fake, real = (
-        judge.clips(side.clips, lambda side=side: _by_clip(side)) @ texts.T for side in (pairs.fake, pairs.real)
-    )
+    fake, real = (side.each(judge.clips) @ texts.T for side in (pairs.fake, pairs.real))
     own = fake.diagonal()
     other = ~same(captions)
     about = {
