@@ -82,10 +82,11 @@ def _module(verb: str) -> ModuleType:
 def _parse(module: ModuleType, verb: str, rest: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"entrecipes {verb}", description=module.HELP)
     module.add_arguments(parser)
+    known = argparse.Namespace(words=rest)
     try:
-        return parser.parse_intermixed_args(rest)
+        return parser.parse_intermixed_args(rest, known)
     except TypeError:  # a verb with verbs of its own, for which argparse has no intermixed parsing
-        return parser.parse_args(rest)
+        return parser.parse_args(rest, known)
 
 
 def _overview() -> str:

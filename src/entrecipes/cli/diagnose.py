@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrecipes.cli import subject
+from entrecipes.cli import launching, subject
 from entrecipes.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder to write (RUN/diagnosis, or outputs/diagnose/NAME)"
     )
+    launching.add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,17 +43,22 @@ def run(args: argparse.Namespace) -> int:
     changes = {"data": args.data, "noise": args.noise, "objective.weighting": args.weighting}
     whole = ["data.held_out=0", f"data.max_images={args.images}"]  # nothing of it is known to be held out
     recipe, assumed = subject.find_recipe(args, changes, whole)
+    if args.accelerate:
+        return launching.again(args, "diagnose")
 
     from entrecipes.data.opening import open_data
-    from entrecipes.diffusion.pipelines import best_device
     from entrecipes.evaluation.profiling import measure_profile
     from entrecipes.recipe.evaluation import HeldOut
 
-    device = best_device()
-    components = subject.load_subject(args, recipe)
-    data = open_data(recipe.data, components, device)
     section = HeldOut(images=args.images, noise_levels=args.levels)
-    measured = measure_profile(components, data, device, section, args.batch_size, subject.expect)
+    with launching.joined() as (state, shard):
+        with state.main_process_first():
+            components = subject.load_subject(args, recipe)
+            data = open_data(recipe.data, components, state.device)
+        tell = subject.expect if state.is_main_process else float
+        measured = measure_profile(components, data, state.device, section, args.batch_size, tell, shard)
+    if not state.is_main_process:
+        return 0
     diagnosis, scheduler = _diagnose(args, recipe, assumed, components, measured)
     written = _write(diagnosis, scheduler, subject.output_folder(args, "diagnosis", "diagnose"))
     parts = [_measured(measured, components), diagnosis.to_text(), diagnosis.sampling_text(), diagnosis.noise_yaml()]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from entrecipes.cli import subject
+from entrecipes.cli import launching, subject
 from entrecipes.errors import UserError, nearest
 from entrecipes.recipe.prune import UNMEASURED, Draws, RankedKeys, ScoreName
 from entrecipes.recipe.schema import Recipe
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder to write (RUN/scores, or outputs/score/NAME)"
     )
+    launching.add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,22 +61,29 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     recipe, assumed = subject.find_recipe(args, {"data": args.data, "noise": args.noise})
     section = _draws(args, recipe)
+    if args.accelerate:
+        return launching.again(args, "score")
 
     from entrecipes.blocks.stack import BlockStack
     from entrecipes.data.opening import open_data
-    from entrecipes.diffusion.pipelines import best_device
     from entrecipes.evaluation.scoring import Scoring
     from entrecipes.report.block_report import BlockReport
 
-    device = best_device()
-    components = subject.load_subject(args, recipe)
-    model = components.model.to(device)
-    selection, count = _selection(BlockStack(model), recipe, args.remove)
-    data = open_data(recipe.data, components, device)
-    scoring = Scoring.on_images(section, components, data, device, args.batch_size, model=args.pipeline)
-    gradients = not args.no_gradients
-    subject.expect(scoring.try_out(model, gradients))
-    scores = scoring.measure(model, gradients=gradients)
+    with launching.joined() as (state, shard):
+        with state.main_process_first():
+            components = subject.load_subject(args, recipe)
+            data = open_data(recipe.data, components, state.device)
+        model = components.model.to(state.device)
+        selection, count = _selection(BlockStack(model), recipe, args.remove)
+        scoring = Scoring.on_images(
+            section, components, data, state.device, args.batch_size, model=args.pipeline, shard=shard
+        )
+        gradients = not args.no_gradients
+        seconds = scoring.try_out(model, gradients)
+        subject.expect(seconds if state.is_main_process else 0)
+        scores = scoring.measure(model, gradients=gradients)
+    if not state.is_main_process:
+        return 0
     weights, note = _weights(args, recipe, assumed, components.path, scores, scoring.bundle.x0)
     report = BlockReport(
         scores,
