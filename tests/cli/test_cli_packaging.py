@@ -54,7 +54,7 @@ def test_a_launcher_config_starts_its_processes(config: str, processes: int, tmp
     assert done.stdout.count(f"of {processes};") == processes
 
 
-@pytest.mark.parametrize("config", ["cpu", "ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("config", ["cpu", "ddp", "fsdp", "fsdp_zero2", "multi_node"])
 def test_a_launcher_config_is_one_that_accelerate_reads(config: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

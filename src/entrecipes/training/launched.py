@@ -23,8 +23,8 @@ def check_launch(training: Training, device: torch.device, world_size: int) -> N
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError(
-            "DeepSpeed: it takes over the optimizer's steps, which this trainer's exact checkpoints and block schedules "
-            "need; launch with recipes/accelerate/fsdp.yaml (as ZeRO-3) or fsdp_zero2.yaml (as ZeRO-2)"
+            "DeepSpeed: it takes over the optimizer's steps, which exact checkpoints and block schedules need here; "
+            "launch with recipes/accelerate/fsdp.yaml (as ZeRO-3) or fsdp_zero2.yaml (as ZeRO-2)"
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
         raise UserError("FSDP 1: set fsdp_version: 2, as recipes/accelerate/fsdp.yaml does")

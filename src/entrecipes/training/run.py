@@ -42,6 +42,7 @@ from entrecipes.training.sharding import (
     check_sharded,
     keep_names,
     prepare_to_shard,
+    reshard,
     settle_moments,
     whole,
 )
@@ -157,7 +158,8 @@ class Run:
 
     def wrap(self) -> None:
         """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
-        if self.sharded and self.optimizer is None:
+        if self.sharded:
+            reshard(self.model)
             prepare_to_shard(self.accelerator, self.model)
         elif not self.sharded and self.optimizer is not None:  # undo accelerate's wrapping, autocast included
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
@@ -308,7 +310,8 @@ class Run:
         """The weights that are evaluated and published, whole and on the device: the averaged ones, or without EMA the
         trained ones. All processes have to ask for them."""
         if not self.sharded:
-            yield self.ema.model if self.ema else self.model
+            with self.blocks.whole():
+                yield self.ema.model if self.ema else self.model
             return
         model = (self.ema or self.copy).collect()
         yield model.to(self.device)
@@ -316,17 +319,19 @@ class Run:
 
     def weights(self) -> dict[str, Any]:
         """What training moves, whole: the weights that may be trained, their average and the optimizer's state."""
-        return {
-            "model": self.adapter.state_dict(self.copy.collect() if self.copy else self.model),
-            "ema": self.adapter.state_dict(self.ema.collect()) if self.ema else {},
-            "optimizer": whole(self.optimizer.optimizer.state_dict()),
-        }
+        with self.blocks.whole():
+            return {
+                "model": self.adapter.state_dict(self.copy.collect() if self.copy else self.model),
+                "ema": self.adapter.state_dict(self.ema.collect()) if self.ema else {},
+                "optimizer": whole(self.optimizer.optimizer.state_dict()),
+            }
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """Restore what `weights` gave; the optimizer must be over the same weights as then."""
-        self.adapter.load_state_dict(self.copy.model if self.copy else self.model, state["model"])
-        if self.ema:
-            self.adapter.load_state_dict(self.ema.model, state["ema"] or state["model"])
+        with self.blocks.whole(changed=True):
+            self.adapter.load_state_dict(self.copy.model if self.copy else self.model, state["model"])
+            if self.ema:
+                self.adapter.load_state_dict(self.ema.model, state["ema"] or state["model"])
         for follower in filter(None, (self.ema, self.copy)):
             follower.share_out()
         self.optimizer.optimizer.load_state_dict(state["optimizer"])

@@ -46,6 +46,13 @@ def prepare_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
     state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that a forward pass without a backward pass has left whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def keep_names(model: nn.Module) -> None:
     """Call the classes that sharding has made of the model's as those: configs, layouts and messages go by the name."""
     for kind in {type(module) for module in model.modules() if isinstance(module, FSDPModule)}:
@@ -59,7 +66,13 @@ def check_sharded(recipe: Recipe) -> None:
     if optimizer.endswith("8bit"):
         raise UserError(f"FSDP: optimizer.type {optimizer} knows no shards; take adamw, whose state is sharded, or ddp")
     if adapter.type == "qlora" or getattr(adapter, "quantise", False):
-        raise UserError("FSDP: a quantised base is not sharded; take lora (or quantise=false), or launch with ddp")
+        raise UserError("FSDP: a quantised base is not sharded; take lora (or quantise=null), or launch with ddp")
+    if hasattr(recipe.blocks, "closed") and recipe.blocks.closed.quantise:
+        raise UserError("FSDP: quantised closed blocks are not sharded; set blocks.closed.quantise=null, or take ddp")
+    if recipe.prune.type == "entpruner":
+        raise UserError("FSDP: entpruner's vote needs gradients of whole weights; take prune.type linear, or ddp")
+    if "taylor" in (getattr(recipe.prune, "score", ""), getattr(recipe.blocks, "score", "")):
+        raise UserError("FSDP: the score taylor needs gradients of whole weights; take loss_rise, or launch with ddp")
     if recipe.experts.type == "tdc":
         raise UserError("FSDP: experts are networks of their own, each smaller than the base; launch with ddp")
 
