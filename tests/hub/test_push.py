@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from tiny import DIT, FLOW, tiny
 
 from entrecipes import InfoNoiseScheduler
 from entrecipes.cli import main
+from entrecipes.diffusion.pipelines import load_pipeline
 from entrecipes.errors import UserError
 from entrecipes.hub import commit, push
 from entrecipes.recipe.load import load
@@ -214,6 +218,8 @@ def test_a_branch_and_the_checkpoints_on_theirs(hub: Hub, run: Path) -> None:
         list(DiffusionPipeline.from_pretrained("me/tiny", revision=name).transformer.parameters())[-1] for name in names
     )
     assert torch.equal(last, weights(run / "pipeline")) and not torch.equal(earlier, last)
+    files = hub.repository("me/tiny").files(names[0])
+    assert "after 144 of 160 images" in files["README.md"].decode() and "report.html" not in files
     assert not any(one.changed for one in push_all(run))
 
 
@@ -238,3 +244,56 @@ def test_a_recipe_with_a_token_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert main(["show", str(path), f"license={TOKEN}"]) == 2
     said = capsys.readouterr()
     assert said.err.count("access token") == 2 and "hf auth login" in said.err and TOKEN not in said.err + said.out
+
+
+@pytest.mark.slow
+def test_an_adapter_names_its_base_on_the_hub_and_takes_a_pipelines_place(
+    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"type": "all", "adapter": {"type": "lora", "rank": 2}}
+    recipe = tiny(DIT, FLOW, blocks=lora, data={"max_images": 100}) | {"pipeline": {"pretrained": str(run)}}
+    adapted, before = trained(tmp_path / "adapted", recipe), hashes(tmp_path / "run")
+    push(run, "me/tiny")
+    with pytest.raises(UserError, match="lies on .*run, which nobody else has; push that first.*--base owner/name"):
+        push(adapted, "me/other")
+    assert main(["push", str(adapted), "--repo-id", "me/other", "--base", "me/tiny"]) == 0
+    asks(run, "repo_id=me/tiny")
+    assert not push(adapted, "me/other").changed, "the base's own recipe says where it is"
+    files = hub.repository("me/other").files()
+    assert "model_index.json" not in files and str(tmp_path) not in files["base.json"].decode()
+
+    card = files["README.md"].decode()
+    snippet = card.split("```python\n")[1].split("```")[0]
+    assert '"me/tiny"' in snippet and '"me/other"' in snippet and "base_model: me/tiny" in card
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names := {})
+    found, wanted = (pipeline.transformer for pipeline in (names["pipeline"], load_pipeline(str(adapted))))
+    loras = [name for name, _ in wanted.named_parameters() if ".lora_" in name]
+    assert loras and all(torch.equal(found.get_parameter(name), wanted.get_parameter(name)) for name in loras)
+    ours = load_pipeline("me/other").transformer
+    assert all(torch.equal(ours.get_parameter(name), wanted.get_parameter(name)) for name in loras)
+
+    push(adapted, "me/tiny", base="me/base")
+    files = hub.repository("me/tiny").files()
+    assert "base.json" in files and not {
+        "model_index.json",
+        "vae/config.json",
+        "infonoise/scheduler_config.json",
+    } & set(files)
+    assert hashes(tmp_path / "run").keys() == before.keys()
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_pushes_once(hub: Hub, tmp_path: Path) -> None:
+    recipe, root = tmp_path / "recipe.yaml", Path(__file__).parents[2]
+    recipe.write_text(yaml.safe_dump(tiny(DIT, FLOW, data={"max_images": 100}, hub={"repo_id": "me/tiny"})))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", root / "recipes/accelerate/ddp.yaml"]
+    command = [*launch, root / "scripts/train.py", recipe, f"training.output={tmp_path / 'run'}"]
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert '"world_size": 2' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert len(titles(hub)) == 1 and len(hub.asked("POST", "/commit/")) == 1 and done.stderr.count("pushed to") == 1
+    assert not [name for name in hashes(tmp_path / "run") if TOKEN.encode() in (tmp_path / "run" / name).read_bytes()]
+    assert torch.equal(weights("me/tiny"), weights(tmp_path / "run" / "pipeline"))

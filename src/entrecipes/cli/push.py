@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what", default="", metavar="PARTS", help="only these of pipeline,adapter,infonoise,samples,report"
     )
+    parser.add_argument("--base", metavar="OWNER/NAME", help="of an adapter trained on a folder: that base on the Hub")
     parser.add_argument(
         "--checkpoints",
         action="store_true",
@@ -29,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
     from entrecipes.training.pushing import push_all
 
     what = [part.strip() for part in args.what.split(",") if part.strip()]
-    for pushed in push_all(args.run, args.repo_id, args.private, args.revision, what, args.checkpoints):
+    for pushed in push_all(args.run, args.repo_id, args.private, args.revision, what, args.checkpoints, args.base):
         print(f"{pushed.url}\n  commit {pushed.commit}{'' if pushed.changed else ': nothing has changed since'}")
     return 0

@@ -49,7 +49,11 @@ class Base:
 
     def write(self, folder: Path) -> None:
         """Leave it in the adapter's folder."""
-        (folder / BASE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / BASE_FILE).write_text(self.to_json())
+
+    def to_json(self) -> str:
+        """What is in the file."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     def check(self, model: nn.Module, folder: Path) -> None:
         """Raises UserError unless a model has the weights that the adapter in `folder` was trained beside."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from entrecipes import __version__
+from entrecipes.diffusion.adapter_folder import BASE_FILE, FOLDER, read_base
 from entrecipes.errors import UserError, nearest
 from entrecipes.hub.commit import Files, Pushed, check_repo_id, commit_files
 from entrecipes.hub.refusals import Refused
 from entrecipes.recipe.hub import Hub, Part
+from entrecipes.reference import split
 from entrecipes.report.card import card_on_hub, published
 from entrecipes.report.experts_loading import STOCK
 from entrecipes.report.run_folder import RunFolder
@@ -28,6 +31,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     what: Collection[str] = (),
+    base: str | None = None,
 ) -> Pushed:
     """Push what a finished run publishes, in one commit: a push of what is there already makes none.
 
@@ -41,6 +45,8 @@ def push(
         private: Make a new repository private; None: as the recipe says.
         revision: Branch, made where it is missing; None: the recipe's, or main.
         what: Of `pipeline`, `adapter`, `infonoise`, `samples`, `report`; empty: what the recipe says, or all.
+        base: Hub id of the pipeline that an adapter lies on, where it was trained on a folder; None: where that run's
+            recipe pushes it to.
 
     Raises:
         UserError: For a run that has not finished, an id or part that is none, or when the Hub does not take it; the
@@ -54,12 +60,12 @@ def push(
         raise UserError(f"{run.path}: push it where? Give --repo-id owner/name, or set hub.repo_id in the recipe")
     check_repo_id(repo_id)
     private = hub.private if private is None else private
-    parts = files_of(run, repo_id, revision, tuple(what) or hub.what)
+    parts = files_of(run, repo_id, revision, tuple(what) or hub.what, base_on_hub(run, base))
     message = f"Push {run.run['name']} ({run.run['images']:,} images) with entrecipes {__version__}"
     try:
         return commit_files(parts, repo_id, message, private=private, revision=revision)
     except Refused as refused:
-        raise refused.naming(command(run.path, repo_id, private, revision, what)) from None
+        raise refused.naming(command(run.path, repo_id, private, revision, what, base)) from None
 
 
 def asked_for(run: RunFolder) -> Hub:
@@ -76,7 +82,32 @@ def check_finished(run: RunFolder) -> None:
         )
 
 
-def files_of(run: RunFolder, repo_id: str, revision: str | None, what: Collection[str] = ()) -> dict[str, Files]:
+def base_on_hub(run: RunFolder, given: str | None = None) -> str | None:
+    """Where those who load an adapter find its base; None where the adapter says so itself, or for a pipeline.
+
+    Raises:
+        UserError: When the base is a folder here, and nothing says where it is on the Hub.
+    """
+    if published(run.run) == "pipeline":
+        return None
+    base = read_base(run.path / FOLDER)
+    if given or not base.local:
+        return given
+    folder = Path(base.found_from(run.path / FOLDER))
+    for place in (folder, folder.parent):
+        if (place / "recipe.yaml").is_file() and (place / "run.json").is_file():
+            hub = asked_for(RunFolder(place))
+            if hub.repo_id:
+                return f"{hub.repo_id}@{hub.revision}" if hub.revision else hub.repo_id
+    raise UserError(
+        f"{run.path}: this adapter lies on {folder}, which nobody else has; push that first, then name it here with "
+        "--base owner/name"
+    )
+
+
+def files_of(
+    run: RunFolder, repo_id: str, revision: str | None, what: Collection[str] = (), base: str | None = None
+) -> dict[str, Files]:
     """What a run publishes, by part: each path in the repository with its file, or content where that is made up.
 
     A part without files is one that the run does not have. Where all is asked for, all parts are named.
@@ -101,17 +132,27 @@ def files_of(run: RunFolder, repo_id: str, revision: str | None, what: Collectio
     parts = {part: files for part, files in found.items() if not what or part in what}
     if root in parts:
         parts[other] = {}
+        if base:
+            source, at = split(base)
+            moved = replace(read_base(main), source=source, revision=at, local=False)
+            parts[root] = {**parts[root], BASE_FILE: moved.to_json().encode()}
     records = {name: run.path / name for name in RECORDS if run.has(name)}
-    card = {"README.md": card_on_hub(run.path, repo_id, revision).encode()}
+    card = {"README.md": card_on_hub(run.path, repo_id, revision, base).encode()}
     return {**parts, "records": records | card | dict(_beside(main / "assets"))}
 
 
 def command(
-    folder: Path, repo_id: str, private: bool = False, revision: str | None = None, what: Collection[str] = ()
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    what: Collection[str] = (),
+    base: str | None = None,
 ) -> str:
     """The command line that pushes it."""
     options = ["--repo-id", repo_id, *["--private"] * private, *(["--revision", revision] if revision else [])]
-    return shlex.join(["entrecipes", "push", str(folder), *options, *(["--what", ",".join(what)] if what else [])])
+    options += [*(["--what", ",".join(what)] if what else []), *(["--base", base] if base else [])]
+    return shlex.join(["entrecipes", "push", str(folder), *options])
 
 
 def _inside(folder: Path, without: Collection[str] = ()) -> Iterator[tuple[str, Path]]:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from entrecipes.evaluation.result import Metric
+from entrecipes.reference import split
 from entrecipes.report import facts
 from entrecipes.report.assets import draw_assets
 from entrecipes.report.blocks import BlockRun
@@ -71,18 +72,22 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     return path
 
 
-def card_on_hub(folder: str | Path, repo_id: str, revision: str | None = None) -> str:
+def card_on_hub(folder: str | Path, repo_id: str, revision: str | None = None, base: str | None = None) -> str:
     """The model card of a finished run as it reads on the Hub, with the pictures that `write_card` has left.
 
     Args:
         folder: The run folder, which stays as it is.
         repo_id: Hub id that the card's snippets load.
         revision: The branch that they name; None: main.
+        base: Hub id of what an adapter lies on, in place of a folder here.
 
     Raises:
         UserError: As `write_card`.
     """
     folder = RunFolder(folder)
+    if base is not None:
+        folder.run["adapter"] |= dict(zip(("base", "revision"), split(base), strict=True))
+        folder.recipe["pipeline"]["pretrained"] = base
     drawn = (folder.path / published(folder.run) / "assets").glob("*.*")
     names = {"samples.gif": "moving"}
     return str(_card(folder, {names.get(path.name, path.stem): path for path in drawn}, repo_id, revision))
@@ -177,6 +182,7 @@ def _hub_id(name: str | None) -> str | None:
     """The name, if it is one of the Hub and not a folder."""
     if name is None or Path(name).exists():
         return None
+    name, _ = split(name)
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -22,6 +22,7 @@ from entrecipes.diffusion.space import clip_parts
 from entrecipes.errors import UserError
 from entrecipes.evaluation.drawing import draw
 from entrecipes.recipe.masks import follows_text, given_at
+from entrecipes.reference import split
 from entrecipes.report.card import write_card
 from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.report.report import write_report
@@ -178,10 +179,11 @@ def sticker_facts(run: Run) -> dict[str, Any]:
 
 def adapter_facts(run: Run) -> dict[str, Any]:
     """What the adapter's card says of how to load it."""
+    base, revision = split(run.recipe.pipeline.pretrained, run.recipe.pipeline.revision)
     return {
         "type": run.recipe.blocks.adapter.type,
-        "base": run.recipe.pipeline.pretrained,
-        "revision": run.recipe.pipeline.revision,
+        "base": base,
+        "revision": revision,
         "component": run.components.family.component,
         "loads_itself": isinstance(run.components.model, PeftAdapterMixin),
         "quantise": getattr(run.recipe.blocks.adapter, "quantise", None),

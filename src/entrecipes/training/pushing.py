@@ -8,17 +8,20 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from entrecipes.blocks.pruning import Subject
 from entrecipes.diffusion.adapter_folder import FOLDER
 from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.pipelines import load_components
 from entrecipes.errors import UserError
 from entrecipes.hub import Pushed, commit_files, push
-from entrecipes.hub.push import asked_for, command
+from entrecipes.hub.push import PARTS, asked_for, base_on_hub, command
 from entrecipes.hub.refusals import Refused
 from entrecipes.recipe.base import build
 from entrecipes.recipe.load import load
 from entrecipes.recipe.schema import Recipe
+from entrecipes.reference import split
 from entrecipes.report.run_folder import RunFolder
 from entrecipes.training import checkpoint
 
@@ -51,6 +54,7 @@ def push_all(
     revision: str | None = None,
     what: Collection[str] = (),
     checkpoints: bool | None = None,
+    base: str | None = None,
 ) -> Iterator[Pushed]:
     """Push a run's results, then its checkpoints where these are asked for; see `hub.push`.
 
@@ -61,39 +65,54 @@ def push_all(
         UserError: As `hub.push`; or when checkpoints are asked for and the run keeps none.
     """
     folder = Path(folder)
-    yield push(folder, repo_id, private, revision, what)
+    yield push(folder, repo_id, private, revision, what, base)
     hub = asked_for(RunFolder(folder))
     if hub.checkpoints if checkpoints is None else checkpoints:
         private = hub.private if private is None else private
-        yield from push_checkpoints(folder, repo_id or hub.repo_id, private)
+        yield from push_checkpoints(folder, repo_id or hub.repo_id, private, base)
 
 
-def push_checkpoints(folder: Path, repo_id: str, private: bool = False) -> Iterator[Pushed]:
+def push_checkpoints(folder: Path, repo_id: str, private: bool = False, base: str | None = None) -> Iterator[Pushed]:
     """Push the averaged weights of every kept checkpoint as a pipeline (or adapter) on a branch `images-N`.
 
     Raises:
         UserError: When there are none, one is damaged, or the Hub does not take it.
     """
-    recipe = load(folder / "recipe.yaml").recipe
+    recipe, run = load(folder / "recipe.yaml").recipe, RunFolder(folder)
+    base = base_on_hub(run, base)
     found = checkpoint.listed(folder / "checkpoints")
     if not found:
         raise UserError(f"{folder}: keeps no checkpoints; leave --checkpoints out, or push the folder that has them")
     for path in found:
         with tempfile.TemporaryDirectory() as made:
-            saved = save_checkpoint(path, recipe, folder, Path(made))
+            saved = save_checkpoint(path, recipe, folder, Path(made), base)
             files = {str(file.relative_to(saved)): file for file in sorted(saved.rglob("*")) if file.is_file()}
-            for name in ("recipe.yaml", "recipe.source.yaml"):
-                files[name] = folder / name
-            images = int(path.name.split("-")[1])
-            message = f"Push {RunFolder(folder).run['name']} at image {images:,}"
+            records: dict[str, Path | bytes] = {name: folder / name for name in ("recipe.yaml", "recipe.source.yaml")}
+            records["README.md"] = _card(run, repo_id, path.name).encode()
+            # what the branch takes over from main is of the finished run
+            parts = {part: {} for part in PARTS} | {saved.name: files, "records": records}
+            message = f"Push {run.run['name']} at image {_images(path.name):,}"
             try:
-                parts = {saved.name: files, ({"pipeline", FOLDER} - {saved.name}).pop(): {}}
                 yield commit_files(parts, repo_id, message, private=private, revision=path.name)
             except Refused as refused:
-                raise refused.naming(command(folder, repo_id, private) + " --checkpoints") from None
+                raise refused.naming(f"{command(folder, repo_id, private, base=base)} --checkpoints") from None
 
 
-def save_checkpoint(path: Path, recipe: Recipe, folder: Path, output: Path) -> Path:
+def _images(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def _card(run: RunFolder, repo_id: str, branch: str) -> str:
+    """The card of a checkpoint: what it is of, and how it is had; all else stands on the run's."""
+    data = ModelCardData(library_name="diffusers", license=run.run["license"], tags=["entrecipes"])
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {run.run['name']} at image {_images(branch):,}\n\n"
+        f"The weights of `{repo_id}` after {_images(branch):,} of {run.run['images']:,} images of training. They load "
+        f'as the card of its main branch says, with `revision="{branch}"`.\n'
+    )
+
+
+def save_checkpoint(path: Path, recipe: Recipe, folder: Path, output: Path, base: str | None = None) -> Path:
     """The evaluated weights of a checkpoint as the run would publish them, below `output`; returns that folder.
 
     Neither data nor a device is needed.
@@ -103,6 +122,7 @@ def save_checkpoint(path: Path, recipe: Recipe, folder: Path, output: Path) -> P
         recipe: Of the run.
         folder: Its folder, finished.
         output: Where `pipeline/` or `adapter/` is written.
+        base: Hub id of what an adapter lies on, in place of what the recipe names.
 
     Raises:
         UserError: When the checkpoint is damaged, or what it starts from has changed.
@@ -127,7 +147,8 @@ def save_checkpoint(path: Path, recipe: Recipe, folder: Path, output: Path) -> P
     target = output / (FOLDER if adapter.published_alone else "pipeline")
     published = folder / target.name
     if adapter.published_alone:
-        adapter.publish(model, target, section.pretrained, section.revision, published)
+        source, revision = split(base) if base else (section.pretrained, section.revision)
+        adapter.publish(model, target, source, revision, published)
         if (published / "pipeline.py").is_file():
             shutil.copyfile(published / "pipeline.py", target / "pipeline.py")
     else:
