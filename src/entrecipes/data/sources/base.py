@@ -54,6 +54,8 @@ class Source:
     """Videos: seen from as many views as asked for."""
     size: int = 32
     """Side that is drawn unless another is asked for."""
+    kept_private: str = ""
+    """Why it must not be passed on; empty: it may be."""
 
     def chosen(self, options: Options) -> dict[str, Any]:
         """The options that this set depends on."""

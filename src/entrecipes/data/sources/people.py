@@ -87,5 +87,6 @@ SOURCES = (
         any_size=True,
         clips=True,
         size=64,
+        kept_private="real people are to be seen in it, and the packages' licence was given for their code",
     ),
 )
