@@ -171,23 +171,23 @@ class Lora(Beside):
         lora.save_adapter(model, folder, base)
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _blocks(model: nn.Module, place: str = "blocks.adapter") -> list[tuple[str, nn.Module]]:
     """The blocks of a model by path; where they are no stack, as in video UNets, its transformer blocks."""
     try:
         stack = BlockStack(model)
     except UserError as error:
         found = [(path, block) for path, block in model.named_modules() if isinstance(block, BasicTransformerBlock)]
         if not found:
-            raise UserError(f"blocks.adapter: {error}") from error
+            raise UserError(f"{place}: {error}") from error
         return found
     return [(path, model.get_submodule(path)) for block in stack.blocks for path in block.paths]
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Paths of the linear layers of all blocks."""
+def linear_layers(model: nn.Module, place: str = "blocks.adapter") -> list[str]:
+    """Paths of the linear layers of all blocks. Raises UserError, naming the place in the recipe, without blocks."""
     return [
         f"{path}.{name}"
-        for path, block in _blocks(model)
+        for path, block in _blocks(model, place)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     ]

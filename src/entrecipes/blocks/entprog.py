@@ -10,11 +10,13 @@ candidates, lengths, what of the rest is trained) is a recipe key, with AutoProg
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
+from entrecipes.blocks.closed import ClosedLayers
 from entrecipes.blocks.comparison import Candidate, Comparison
 from entrecipes.blocks.cost import CostModel, cost_model, weight_names
 from entrecipes.blocks.ordering import by_score, cost_aware, without_scores
@@ -46,6 +48,7 @@ class ProgressiveBlocks:
         except UserError as error:
             raise UserError(f"blocks: {error}") from error
         self.yardstick = yardstick or RunYardstick(section, subject)
+        self.closed = ClosedLayers(section.closed.quantise, self.stack.model, subject.copies)
         self.stages = 1 if section.growth == "none" else section.stages
         self.stage, self.m, self.held = -1, 0, 0
         self.order: list[int] = []
@@ -77,7 +80,8 @@ class ProgressiveBlocks:
 
     def _enter(self, stage: int, images: int) -> dict[str, Any]:
         """Begin a stage: decide, or begin to compare."""
-        ranking = self._rank() if not self.order or self.section.rerank else {}
+        with self.whole():
+            ranking = self._rank() if not self.order or self.section.rerank else {}
         self.stage = stage
         numbers = self._numbers(stage)
         if len(numbers) == 1:
@@ -214,14 +218,22 @@ class ProgressiveBlocks:
         """Where the model is."""
         return next(self.stack.model.parameters()).device
 
-    def _hold(self, number: int) -> None:
+    def whole(self, changed: bool = False) -> AbstractContextManager[None]:
+        return self.closed.whole(changed)
+
+    def _hold(self, number: int, held_quantised: list[str] | None = None) -> None:
         """Let the first blocks of the order be trained, and of the rest what the section says."""
         self.held = self.focused = number
         names = weight_names(self.stack)
         closed = {name for block in self.order[number:] for name in names[block]}
         if self.section.inputs == "never":
             closed |= self.inputs
-        train_only(self.stack.model, lambda name: name not in closed and self.subject.eligible(name))
+
+        def trained(name: str) -> bool:
+            return name not in closed and self.subject.eligible(name)
+
+        self.closed.open(trained, held_quantised)
+        train_only(self.stack.model, trained)
 
     def _focus(self, number: int) -> None:
         """Close the held blocks beyond that many for the moment; the optimizer keeps their state."""
@@ -242,6 +254,7 @@ class ProgressiveBlocks:
             **{key: getattr(self, key) for key in _STATE},
             "inputs": sorted(self.inputs),
             "comparison": self.comparison.state_dict() if self.comparison else None,
+            "closed": self.closed.names(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -249,7 +262,7 @@ class ProgressiveBlocks:
         self.inputs = set(state["inputs"])
         self.comparison = Comparison.from_state(state["comparison"]) if state["comparison"] else None
         if self.order:
-            self._hold(self.held)
+            self._hold(self.held, state.get("closed"))
 
 
 _STATE = ("stage", "m", "held", "order", "scores", "level_weights", "start", "best", "measuring_seconds")

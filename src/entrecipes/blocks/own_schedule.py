@@ -19,7 +19,7 @@ from entrecipes.blocks.scores import BlockScores
 from entrecipes.errors import UserError, nearest
 from entrecipes.recipe.blocks import EntProgSection
 
-TRAINER_ONLY = ("type", "adapter", "mode", "rerank", "draws", "holdout")
+TRAINER_ONLY = ("type", "adapter", "closed", "mode", "rerank", "draws", "holdout")
 
 
 class AppliedSchedule:
@@ -119,6 +119,7 @@ def apply_block_schedule(
     before = {name for name, weight in model.named_parameters() if weight.requires_grad}
     subject = SimpleNamespace(  # what the schedule asks of a run
         components=SimpleNamespace(model=model),
+        copies=(),
         images=images,
         seed=seed,
         eligible=before.__contains__,

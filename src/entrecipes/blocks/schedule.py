@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from entrecipes.blocks.closed import ClosedLayers
 from entrecipes.diffusion.quantised import size
 from entrecipes.patterns import check_parameters, matches
 from entrecipes.recipe.blocks import AllBlocksSection, StagedBlocksSection
@@ -33,6 +35,9 @@ class BlockSchedule(Protocol):
 
     def focus(self) -> None:
         """Close for the moment what the next step does not train; called after every `advance` and its rebuild."""
+
+    def whole(self, changed: bool = False) -> AbstractContextManager[None]:
+        """Within, the model and its copies have all weights in full precision, which may be loaded if `changed`."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on."""
@@ -85,6 +90,9 @@ class AllBlocks:
     def focus(self) -> None:
         pass
 
+    def whole(self, changed: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -97,7 +105,7 @@ class StagedBlocks:
     """Trains what the recipe's stages name.
 
     Raises:
-        UserError: For a pattern that matches no parameter.
+        UserError: For a pattern that matches no parameter, or closed blocks to quantise in a model without blocks.
     """
 
     def __init__(self, section: StagedBlocksSection, subject: Subject) -> None:
@@ -105,6 +113,7 @@ class StagedBlocks:
         self.stage = -1
         for i, stage in enumerate(section.stages):
             check_parameters(self.model, stage.train, f"blocks.stages.{i}.train")
+        self.closed = ClosedLayers(section.closed.quantise, self.model, subject.copies)
 
     def advance(self, images: int) -> list[dict[str, Any]]:
         due = sum(stage.from_images <= images for stage in self.section.stages) - 1
@@ -118,10 +127,18 @@ class StagedBlocks:
     def focus(self) -> None:
         pass
 
+    def whole(self, changed: bool = False) -> AbstractContextManager[None]:
+        return self.closed.whole(changed)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage}
+        return {"stage": self.stage, "closed": self.closed.names()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stage = state["stage"]
         patterns = self.section.stages[self.stage].train
-        train_only(self.model, lambda name: self.eligible(name) and matches(name, patterns))
+
+        def trained(name: str) -> bool:
+            return self.eligible(name) and matches(name, patterns)
+
+        self.closed.open(trained, state.get("closed"))
+        train_only(self.model, trained)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from entrecipes.recipe.adapters import AdapterSection, NoAdapterSection
+from entrecipes.recipe.adapters import AdapterSection, NoAdapterSection, Quantised
 from entrecipes.recipe.base import Count, Section, check_starts, register, union
 from entrecipes.recipe.prune import Draws, MeasuredScore
 
@@ -25,6 +25,30 @@ class AllBlocksSection(BlocksKeys):
     type: Literal["all"] = "all"
 
 
+class Closed(Section):
+    """How blocks are held that were not opened yet."""
+
+    quantise: Quantised = None
+    """Hold their linear layers in 4 bits (nf4) or 8 (int8) on the device, and what they are in the host's memory until
+    they open: less memory while training, for a loss on rounded neighbours. Null: in full precision, as others."""
+
+
+class ClosableKeys(BlocksKeys):
+    """What sections have in which blocks are closed."""
+
+    closed: Closed = Closed()
+    """How blocks are held that were not opened yet."""
+
+    @model_validator(mode="after")
+    def _of_whole_models(self) -> ClosableKeys:
+        if self.closed.quantise and self.adapter.type != "none":
+            raise ValueError(
+                f"closed.quantise: goes with adapter: none alone; of a base beside {self.adapter.type}, see its own "
+                "quantise"
+            )
+        return self
+
+
 class Stage(Section):
     """From when on which modules are trained."""
 
@@ -35,7 +59,7 @@ class Stage(Section):
 
 
 @register("blocks", implementation="entrecipes.blocks.schedule:StagedBlocks")
-class StagedBlocksSection(BlocksKeys):
+class StagedBlocksSection(ClosableKeys):
     """Train the modules that a written schedule names; the baseline of every learned schedule."""
 
     type: Literal["staged"] = "staged"
@@ -71,7 +95,7 @@ class HoldOut(Section):
     implementation="entrecipes.blocks.entprog:ProgressiveBlocks",
     paper="Ent-Prog (CVPR 2026)",
 )
-class EntProgSection(BlocksKeys):
+class EntProgSection(ClosableKeys):
     """Open blocks in stages, the most important first; measured efficiency decides how many (and baselines).
 
     The network always runs whole; closed blocks get no gradient. What stands behind the blocks (the head) is always

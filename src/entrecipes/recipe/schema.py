@@ -77,6 +77,8 @@ class Recipe(Section):
         if self.prune.type != "none" and isinstance(self.blocks, StagedBlocksSection):
             numbered = [name for stage in self.blocks.stages for name in stage.train if re.search(r"\d", name)]
             problems += [f"blocks: '{name}' names a block by number, which prune changes" for name in numbered]
+            if self.blocks.closed.quantise:
+                problems.append("blocks.closed.quantise: not with prune, which removes blocks; set null")
         if isinstance(self.blocks, EntProgSection):
             if self.prune.type != "none":
                 problems.append(
