@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from entrecipes.evaluation.result import Metric
+from entrecipes.report.plots import save_grid
 
 SOURCE = """\
 # Digits <in> two minutes.
@@ -119,3 +120,17 @@ def records() -> list[dict[str, Any]]:
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write `run.json`."""
     (folder / "run.json").write_text(json.dumps(run))
+
+
+def make_run(folder: Path) -> Path:
+    """A finished run: three sample grids, curves, two metrics, an empty pipeline folder."""
+    (folder / "pipeline").mkdir(parents=True)
+    (folder / "recipe.source.yaml").write_text(SOURCE)
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE))  # JSON is YAML
+    rows = records() + [{"kind": "metric", "images": 40_000, **metric.to_json()} for metric in METRICS]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_run(folder, RUN | {"metrics": [metric.to_json() for metric in METRICS]})
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
+    for name in ("images-000000020000", "images-000000040000", "final"):
+        save_grid(images, folder / "samples" / f"{name}.png", columns=10)
+    return folder

@@ -63,7 +63,7 @@ def write_gallery(folders: Sequence[str | Path], path: str | Path, title: str = 
     path = Path(path)
     path = path / "gallery.html" if path.is_dir() else path
     if path.suffix != ".html":
-        raise UserError(f"{path}: the gallery is one HTML file; name it {path.name}.html")
+        raise UserError(f"{path}: the gallery is one HTML file; name it {path.stem}.html")
     places, comparisons = find([Path(folder) for folder in folders])
     with tempfile.TemporaryDirectory() as assets:
         runs = [
@@ -118,7 +118,7 @@ def _labels(places: Sequence[Place]) -> list[tuple[str, str]]:
 def _title(places: Sequence[Place], runs: Sequence[GalleryRun], comparisons: Sequence[ComparisonFolder]) -> str:
     names = [comparison.name for comparison in comparisons]
     names += [run.label for place, run in zip(places, runs, strict=True) if not place.arm]
-    return ", ".join(names) if len(names) <= 3 else counted(run=len(runs), comparison=len(comparisons))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _overlays(runs: Sequence[GalleryRun], shown: Sequence[Column], assets: Path) -> list[tuple[str, str, str]]:

@@ -85,7 +85,6 @@ def plot_profile(axes: Axes, rows: list[dict[str, Any]], nats: list[np.ndarray],
     late = table[:, images >= 0.1 * images[-1]]
     most = float(np.nanquantile(late, 0.995)) or 1.0
     colours = LinearSegmentedColormap.from_list("nats", ["white", *STEPS, "#08203a"])
-    colours.set_bad("white")
     middles = (images[1:] + images[:-1]) / 2
     edges = np.r_[images[0], middles, images[-1]] if images[0] == 0 else np.r_[0, middles, images[-1]]
     half = (log_sigma[1] - log_sigma[0]) / 2

@@ -89,7 +89,6 @@ class GalleryRun:
         self.recipe: dict[str, Any] = self.folder.recipe if self.folder.has("recipe.yaml") else {}
         self.about: dict[str, Any] = self.folder.run if self.folder.finished else {}
         self.metrics: list[Metric] = self.folder.attempt("metrics", lambda: facts.metrics(self.folder)) or []
-        self._draw()
 
     # -- words --------------------------------------------------------------------------------------------------------
 
@@ -230,11 +229,13 @@ class GalleryRun:
                 groups[title].tables += self.folder.attempt(what, told.tables) or []
         return [group for group in groups.values() if group.pictures or group.rows]
 
-    def _draw(self) -> None:
-        self._drawn: dict[str, Path] = {}
+    @cached_property
+    def _drawn(self) -> dict[str, Path]:
+        drawn: dict[str, Path] = {}
         for drawer in (*DRAWERS, draw_profile):
             what = drawer.__name__.removeprefix("draw_").replace("_", " ")
-            self._drawn |= self.folder.attempt(what, lambda d=drawer: d(self.folder)) or {}
+            drawn |= self.folder.attempt(what, lambda drawer=drawer: drawer(self.folder)) or {}
+        return drawn
 
     # -- recipe -------------------------------------------------------------------------------------------------------
 

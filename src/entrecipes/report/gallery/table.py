@@ -136,11 +136,13 @@ def _way(run: GalleryRun, metric: Metric) -> dict[str, str]:
 
 def _difference(origin: dict[str, str], others: list[dict[str, str]]) -> str:
     """In words, the fewest facts that tell a way of measuring from the others of that name, its data first."""
-    differing = [key for key in origin if len({other.get(key) for other in others}) > 1]
+    keys = dict.fromkeys(key for other in others for key in other)
+    differing = [key for key in keys if len({other.get(key) for other in others}) > 1]
     told: list[str] = []
     for key in sorted(differing, key=lambda key: (key != "data", key.startswith("data."))):
-        told.append(origin[key] if key == "data" else f"{key.removeprefix('data.')} {origin[key]}")
-        others = [other for other in others if other.get(key) == origin[key]]
+        name = key.removeprefix("data.")
+        told.append(f"no {name}" if key not in origin else origin[key] if key == "data" else f"{name} {origin[key]}")
+        others = [other for other in others if other.get(key) == origin.get(key)]
         if len(others) == 1:
             break
     return ", ".join(told)
