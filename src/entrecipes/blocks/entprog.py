@@ -48,7 +48,7 @@ class ProgressiveBlocks:
         except UserError as error:
             raise UserError(f"blocks: {error}") from error
         self.yardstick = yardstick or RunYardstick(section, subject)
-        self.closed = ClosedLayers(section.closed.quantise, self.stack.model, subject.copies)
+        self.closed = ClosedLayers(section.closed.quantise, self.stack.model, getattr(subject, "copies", ()))
         self.stages = 1 if section.growth == "none" else section.stages
         self.stage, self.m, self.held = -1, 0, 0
         self.order: list[int] = []

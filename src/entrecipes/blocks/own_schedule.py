@@ -119,7 +119,6 @@ def apply_block_schedule(
     before = {name for name, weight in model.named_parameters() if weight.requires_grad}
     subject = SimpleNamespace(  # what the schedule asks of a run
         components=SimpleNamespace(model=model),
-        copies=(),
         images=images,
         seed=seed,
         eligible=before.__contains__,

@@ -113,7 +113,7 @@ class StagedBlocks:
         self.stage = -1
         for i, stage in enumerate(section.stages):
             check_parameters(self.model, stage.train, f"blocks.stages.{i}.train")
-        self.closed = ClosedLayers(section.closed.quantise, self.model, subject.copies)
+        self.closed = ClosedLayers(section.closed.quantise, self.model, getattr(subject, "copies", ()))
 
     def advance(self, images: int) -> list[dict[str, Any]]:
         due = sum(stage.from_images <= images for stage in self.section.stages) - 1
