@@ -29,7 +29,7 @@ def import_plugin(name: str) -> None:
     Raises:
         UserError: When there is none, or it raises while it is imported.
     """
-    if not all(part.isidentifier() for part in name.split(".")):
+    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
         stem = re.sub(r"\.py$", "", name).replace("/", ".")
         raise UserError(f"'{name}' is not how Python imports a module; write its name, such as {stem}")
     if os.getcwd() not in sys.path:
