@@ -39,8 +39,8 @@ CASES: dict[str, list[str]] = {
     "dit, 8-bit Lion, no average": ["memory/dit", "optimizer={type: lion8bit}", "training.ema=null"],
     "dit, last half open (entprog)": ["memory/dit", LAST_HALF],
     "dit, last half open (staged)": ["memory/dit", STAGED],
-    "dit, LoRA": [*FROM_BASE, "blocks.adapter={type: lora}"],
-    "dit, QLoRA": [*FROM_BASE, "blocks.adapter={type: qlora}"],
+    "dit, LoRA": [*FROM_BASE, "blocks={type: all, adapter: {type: lora}}"],
+    "dit, QLoRA": [*FROM_BASE, "blocks={type: all, adapter: {type: qlora}}"],
     "dit on latents": ["memory/dit", "pipeline.build.vae={vae}", "pipeline.build.model.config.in_channels=4",
                        "pipeline.build.model.config.out_channels=4", "data.max_images=64"],
     "stickers": ["stickers/motion", "training.batch_size=16", "evaluation.metrics=[]", "data.max_images=200"],
@@ -100,7 +100,8 @@ def prepare(folder: Path) -> dict[str, str]:
 
 def in_a_process(words: list[str], steps: int, exact: bool) -> dict[str, Any]:
     """`measure` in a fresh process."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    env |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     if exact:
         env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--steps", str(steps), "--measure", json.dumps(words)]

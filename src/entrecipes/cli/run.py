@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timed", type=float, default=0.0, metavar="SECONDS", help="--dry-run: time steps for so long")
     parser.add_argument("--json", action="store_true", help="--dry-run: say it as one line of JSON")
     parser.add_argument(
-        "--accelerate", metavar="FILE", help="launch through Accelerate with this config (or: cpu, ddp, fsdp, zero2)"
+        "--accelerate", metavar="FILE", help="launch through Accelerate with this config (or: cpu, ddp, fsdp, fsdp_zero2)"
     )
 
 
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     for warning in loaded.warnings if speaks else ():
         print(f"warning: {warning}", file=sys.stderr)
     if args.meta:
-        return _outline(loaded, args.json)
+        return _outline(loaded, args)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("entrecipes").setLevel(logging.INFO)
-    return _dry_run(loaded, speaks, args.timed, args.json) if args.dry_run else _train(loaded, speaks)
+    return _dry_run(loaded, speaks, args) if args.dry_run else _train(loaded, speaks)
 
 
 def _through_accelerate(args: argparse.Namespace) -> int:
@@ -139,32 +139,37 @@ def _print_ending(folder: Path) -> None:
     print(snippet(facts, (folder / published(facts)).resolve()))
 
 
-def _outline(loaded: LoadedRecipe, as_json: bool) -> int:
+def _outline(loaded: LoadedRecipe, args: argparse.Namespace) -> int:
+    from entrecipes.cli.memory import as_json, foretell, lines
     from entrecipes.training.dry_run import outline
 
     found = outline(loaded.recipe)
-    if as_json:
-        print(json.dumps(asdict(found)))
+    predicted, switches = foretell(loaded, args)
+    if args.json:
+        print(json.dumps(asdict(found) | as_json(predicted, switches)))
         return 0
     print(f"{found.model}: {found.parameters:,} parameters, {found.forward_gflops:,.1f} GFLOP a forward pass")
-    print(f"{found.weights_gib:.1f} GiB of weights, gradients, optimizer and average in float32; activations on top")
+    for line in lines(predicted, switches) if predicted else ():
+        print(line)
     return 0
 
 
-def _dry_run(loaded: LoadedRecipe, speaks: bool, timed: float, as_json: bool) -> int:
+def _dry_run(loaded: LoadedRecipe, speaks: bool, args: argparse.Namespace) -> int:
+    from entrecipes.cli.memory import as_json, foretell, lines
     from entrecipes.training.dry_run import dry_run
 
+    predicted, switches = foretell(loaded, args) if speaks else (None, [])
     experts: list[str] = []
     if loaded.recipe.experts.type == "tdc":
         from entrecipes.training.experts import dry_run_experts
 
-        estimate, experts = dry_run_experts(loaded.recipe, timed)
+        estimate, experts = dry_run_experts(loaded.recipe, args.timed, predicted)
     else:
-        estimate = dry_run(loaded.recipe, timed)
+        estimate = dry_run(loaded.recipe, args.timed, predicted)
     if not speaks:
         return 0
-    if as_json:
-        print(json.dumps(asdict(estimate) | {"experts": experts}))
+    if args.json:
+        print(json.dumps(asdict(estimate) | {"experts": experts} | as_json(estimate.predicted, switches)))
         return 0
     minutes = estimate.training_seconds / 60
     held = f"{estimate.weights_gib:.3f} GiB weights, gradients, optimizer and average"
@@ -177,6 +182,8 @@ def _dry_run(loaded: LoadedRecipe, speaks: bool, timed: float, as_json: bool) ->
         "speed": f"{estimate.images_per_second:.1f} images/s: about {minutes:.1f} min of training",
     }.items():
         print(f"{what:12} {value}")
+    for line in lines(estimate.predicted, switches, estimate.measured) if estimate.predicted else ():
+        print(line)
     for line in experts:
         print(f"experts      {line}")
     for what in estimate.beginnings:

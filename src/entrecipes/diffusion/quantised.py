@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.nn import functional
 
 from entrecipes.errors import UserError
@@ -48,6 +49,35 @@ class _Int8Product(torch.autograd.Function):
         return gradient @ (rows * scale[:, None]).to(gradient.dtype), None, None
 
 
+class RehearsedNf4(nn.Linear):
+    """Holds as many bytes as a layer in 4 bits does, where tensors have shapes alone; bitsandbytes knows no such."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        count = linear.weight.numel()
+        self.weight = nn.Parameter(torch.empty(count // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("scale", torch.empty(count // 64, dtype=torch.uint8))
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = _RehearsedProduct.apply(input, self.weight, self.out_features)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+class _RehearsedProduct(torch.autograd.Function):
+    """As bitsandbytes' product: the expanded weights are there for the moment of each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: Tensor, out: int) -> Tensor:
+        ctx.save_for_backward(bits)
+        ctx.shape = (out, x.shape[-1])
+        return functional.linear(x, x.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
 def quantise(model: nn.Module, names: Iterable[str], how: str = "nf4", place: str = "blocks.adapter") -> None:
     """Hold the weights of these linear layers in 4 bits (NF4, with quantised statistics; Dettmers et al. 2023) or 8.
 
@@ -69,6 +99,8 @@ def quantised(linear: nn.Linear, how: str, place: str) -> nn.Linear:
     """A layer with the weights of `linear`, rounded, on its device. Raises UserError as `quantise`."""
     if how == "int8":
         return Int8Linear(linear).train(linear.training)
+    if detect_fake_mode():
+        return RehearsedNf4(linear)
     try:
         import bitsandbytes
 

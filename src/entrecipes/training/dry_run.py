@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from entrecipes.data.loader import Batch
-from entrecipes.diffusion.pipelines import build_model
 from entrecipes.diffusion.quantised import size
 from entrecipes.errors import UserError
 from entrecipes.information.proxies import flops
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.costs import state_bytes
 from entrecipes.training.loop import step
+from entrecipes.training.memory import Prediction, measured
+from entrecipes.training.rehearsal import rehearsing
 from entrecipes.training.run import Run
+from entrecipes.training.skeleton import skeleton
 from entrecipes.training.tracking import peak_memory_gib
 
 TIMED_STEPS = 2
@@ -45,19 +47,25 @@ class Estimate:
     world_size: int
     train_images: int
     held_out_images: int
+    predicted: Prediction | None
+    """What had been predicted of the memory, by component."""
+    measured: dict[str, float]
+    """GiB of the same components where they can be measured, and of the `peak`."""
 
 
-def dry_run(recipe: Recipe, seconds: float = 0.0) -> Estimate:
+def dry_run(recipe: Recipe, seconds: float = 0.0, predicted: Prediction | None = None) -> Estimate:
     """Take one step to warm up and two to time.
 
     Args:
         recipe: What would be run.
         seconds: Time steps for so long, after a quarter of it to warm up, where two take less.
+        predicted: Its memory; what only the opened data tells is added.
 
     Raises:
         UserError: For all that a real run would refuse.
     """
-    run = Run(recipe, folder=None)
+    costs: dict[str, float] = {}
+    run = Run(recipe, None, lambda row: costs.update(row) if row["kind"] == "costs" and not costs else None)
     batches = run.batches()
     beginnings = [row["what"] for row in run.curriculum.advance(0) + run.blocks.advance(0)]
     run.wrap()
@@ -69,11 +77,12 @@ def dry_run(recipe: Recipe, seconds: float = 0.0) -> Estimate:
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     weights = set(run.model.parameters()) | set(run.ema.model.parameters() if run.ema else ())  # they may share some
     held = sum(weight.nbytes for weight in [*weights, *trainable]) + state_bytes(run.optimizer.optimizer.state.values())
+    peak = peak_memory_gib(run.device)
     return Estimate(
         parameters=sum(size(p) for p in run.model.parameters()),
         trainable_parameters=sum(p.numel() for p in trainable),
         weights_gib=held / 2**30,
-        peak_memory_gib=peak_memory_gib(run.device),
+        peak_memory_gib=peak,
         images_per_second=rate,
         training_seconds=recipe.training.images / rate,
         evaluations=planned(recipe),
@@ -82,6 +91,8 @@ def dry_run(recipe: Recipe, seconds: float = 0.0) -> Estimate:
         world_size=run.world_size,
         train_images=len(run.data.train),
         held_out_images=len(run.data.held_out or ()),
+        predicted=predicted and predicted.beside(run),
+        measured=measured(run, costs) | {"peak": peak},
     )
 
 
@@ -93,28 +104,25 @@ class Outline:
     parameters: int
     forward_gflops: float
     """Billions of operations of a forward pass of one sample."""
-    weights_gib: float
-    """Weights, gradients, AdamW's two moments and the average, all in float32; activations come on top."""
 
 
 def outline(recipe: Recipe) -> Outline:
-    """Build the recipe's model on the meta device and pass one sample of zeros through it, as far as shapes go.
+    """Build the recipe's model without memory and pass one sample of zeros through it.
+
+    Of a pre-trained pipeline the configuration is read.
 
     Raises:
-        UserError: For a model that can't be built, or pipelines that would have to be loaded.
+        UserError: For a model that can't be built, or is known only when it is loaded.
     """
-    if recipe.pipeline.build is None:
-        raise UserError("--meta: pipeline.pretrained is known only when it is loaded; leave --meta out")
-    with torch.device("meta"):
-        family, model = build_model(recipe.pipeline.build.model)
-    try:
-        operations = flops(lambda: family.one_pass(model))
-    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"--meta: no sample passes through {family.model_class} ({why}); leave --meta out") from error
-    count = sum(parameter.numel() for parameter in model.parameters())
-    copies = 4 + (recipe.training.ema is not None)
-    return Outline(family.model_class, count, operations / 1e9, 4 * copies * count / 2**30)
+    with rehearsing(torch.device("cpu")):
+        found = skeleton(recipe.pipeline)
+        try:
+            operations = flops(lambda: found.family.one_pass(found.model))
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            why, name = str(error).strip().splitlines()[0], found.family.model_class
+            raise UserError(f"--meta: no sample passes through {name} ({why}); leave --meta out") from error
+        count = sum(parameter.numel() for parameter in found.model.parameters())
+    return Outline(found.family.model_class, count, operations / 1e9)
 
 
 def _images_per_second(run: Run, batches: Iterator[Batch], seconds: float) -> float:

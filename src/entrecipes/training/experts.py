@@ -35,6 +35,7 @@ from entrecipes.training.dry_run import Estimate, dry_run
 from entrecipes.training.expert_costs import costs_of, expected
 from entrecipes.training.expert_search import ExpertSearch
 from entrecipes.training.launch import Interrupted, make_room, run_folder, run_recipe, stopping_at_signals
+from entrecipes.training.memory import Prediction
 from entrecipes.training.planning import said
 from entrecipes.training.publish import publish
 from entrecipes.training.pushing import push_when_asked
@@ -65,12 +66,14 @@ def run_experts(loaded: LoadedRecipe, listener: Listener | None = None) -> Path 
     return TdcRun(loaded, listener).go()
 
 
-def dry_run_experts(recipe: Recipe, seconds: float = 0.0) -> tuple[Estimate, list[str]]:
+def dry_run_experts(
+    recipe: Recipe, seconds: float = 0.0, predicted: Prediction | None = None
+) -> tuple[Estimate, list[str]]:
     """Try the base out, and say what the whole would cost. Raises UserError for all that a real run would refuse."""
     told = expected(recipe)
     if recipe.experts.base:
         check_base(recipe, Path(recipe.experts.base))
-    tried = dry_run(base_recipe(recipe, Path("base")), seconds)
+    tried = dry_run(base_recipe(recipe, Path("base")), seconds, predicted)
     return replace(tried, training_seconds=recipe.training.images / tried.images_per_second), told
 
 

@@ -20,6 +20,7 @@ from entrecipes.diffusion.pipelines import best_device
 from entrecipes.errors import UserError
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.costs import held_bytes, state_bytes
+from entrecipes.training.heap import Heap
 from entrecipes.training.rehearsal import Held, rehearse, rehearsing
 from entrecipes.training.skeleton import frozen_bytes, skeleton, steps
 
@@ -58,6 +59,8 @@ class Prediction:
     activations_at_peak: float
     temporary_at_peak: float
     """The batch, what operations pass on to each other, and their workspaces."""
+    holes: float
+    """CPU: what the allocator keeps between blocks that are in use (see `Heap`)."""
     available: float | None
     """What there is on the device, all of it (CUDA), or what is free and what this process has already (CPU)."""
     trained: str
@@ -67,7 +70,7 @@ class Prediction:
     def step(self) -> float:
         """The most that the step holds."""
         moving = self.gradients_at_peak + self.activations_at_peak + self.temporary_at_peak
-        return self.weights + self.average + self.optimizer + moving
+        return self.weights + self.average + self.optimizer + moving + self.holes
 
     @property
     def peak(self) -> float:
@@ -97,7 +100,8 @@ def predict(recipe: Recipe, world_size: int = 1, process: float | None = None) -
     """
     device = best_device()
     try:
-        with rehearsing(device, cpu_workspace if device.type == "cpu" else lambda *_: 0) as ledger:
+        on_cpu = (cpu_workspace, Heap()) if device.type == "cpu" else ()
+        with rehearsing(device, *on_cpu) as ledger:
             rows = recipe.training.batch_size // world_size
             sets = [(rehearse(step, ledger), name) for name, step in steps(recipe, rows, ledger)]
             frozen = frozen_bytes(skeleton(recipe.pipeline))
@@ -114,24 +118,24 @@ def _prediction(device: torch.device, held: Held, name: str, process: float, fro
     parts = {
         part: getattr(held, part) / GIB
         for part in ("weights", "average", "gradients", "optimizer", "activations")
-        + ("gradients_at_peak", "activations_at_peak", "temporary_at_peak")
+        + ("gradients_at_peak", "activations_at_peak", "temporary_at_peak", "holes")
     }
     available = available_gib(device)
     return Prediction(device.type, process, frozen / GIB, 0.0, **parts, available=available, trained=name)
 
 
-def cpu_workspace(operation: Any, args: tuple[Any, ...], result: Any) -> int:
-    """Bytes that an operation takes on a CPU beside its result.
+def cpu_workspace(operation: Any, args: tuple[Any, ...], result: Any) -> tuple[int, ...]:
+    """Bytes of the blocks that an operation takes on a CPU beside its result.
 
     oneDNN computes convolutions on copies in a layout of its own: of the image and the result; of image and gradients
     in the backward pass. All other operations that networks here are made of take next to nothing.
     """
     if operation is torch.ops.aten.convolution.default:
-        return args[0].nbytes + args[1].nbytes + result.nbytes
+        return args[0].nbytes, args[1].nbytes, result.nbytes
     if operation is torch.ops.aten.convolution_backward.default:
         gradient, image, weight = args[:3]
-        return gradient.nbytes + 2 * image.nbytes + 2 * weight.nbytes
-    return 0
+        return gradient.nbytes, image.nbytes, image.nbytes, weight.nbytes, weight.nbytes
+    return ()
 
 
 def process_gib(device: torch.device) -> float:

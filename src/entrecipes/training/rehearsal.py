@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -28,19 +29,23 @@ from entrecipes.diffusion.objective import Objective
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
+from entrecipes.training.heap import Heap
 from entrecipes.training.optimizer import build_optimizer
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Workspace = Callable[[Any, tuple[Any, ...], Any], int]
-"""Bytes that an operation (overload, arguments, result) takes beside its result while it runs."""
+Workspace = Callable[[Any, tuple[Any, ...], Any], tuple[int, ...]]
+"""Bytes of the blocks that an operation (overload, arguments, result) takes beside its result while it runs."""
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are alive, and the most that ever were."""
+    """Bytes of the storages that operations have made and that are alive, and the most that ever were.
 
-    def __init__(self, workspace: Workspace) -> None:
+    `heap`, where it is given, is asked for them as an allocator would be.
+    """
+
+    def __init__(self, workspace: Workspace, heap: Heap | None = None) -> None:
         super().__init__()
-        self.workspace = workspace
+        self.workspace, self.heap = workspace, heap
         self.known: set[int] = set()
         self.now = self.most = 0
         self.at_most: Callable[[], None] = lambda: None
@@ -54,9 +59,12 @@ class Ledger(TorchDispatchMode):
         for made in tree_leaves(result):
             if isinstance(made, Tensor):
                 self._add(made.untyped_storage())
-        held = self.now + self.workspace(operation, args, result)
-        if held > self.most:
-            self.most = held
+        needed = self.workspace(operation, args, result)
+        if self.heap:
+            for block in [self.heap.take(size) for size in needed]:
+                self.heap.give(block)
+        if self.now + sum(needed) > self.most:
+            self.most = self.now + sum(needed)
             self.at_most()
         return result
 
@@ -65,11 +73,14 @@ class Ledger(TorchDispatchMode):
         if key not in self.known:
             self.known.add(key)
             self.now += size
-            weakref.finalize(storage, self._drop, key, size)
+            block = self.heap.take(size) if self.heap else None
+            weakref.finalize(storage, self._drop, key, size, block)
 
-    def _drop(self, key: int, size: int) -> None:
+    def _drop(self, key: int, size: int, block: tuple[int, int] | None) -> None:
         self.known.remove(key)
         self.now -= size
+        if self.heap:
+            self.heap.give(block)
 
     def settled(self) -> int:
         """Bytes that are alive once what only waits to be collected is gone."""
@@ -78,16 +89,21 @@ class Ledger(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def rehearsing(device: torch.device, workspace: Workspace = lambda *_: 0) -> Iterator[Ledger]:
+def rehearsing(
+    device: torch.device, workspace: Workspace = lambda *_: (), heap: Heap | None = None
+) -> Iterator[Ledger]:
     """Tensors made in here have a shape, a type and `device`, but no memory; the ledger counts what they would take.
 
     Args:
         workspace: What operations take beside their results.
+        heap: Asked for the memory.
     """
-    ledger = Ledger(workspace)
+    ledger = Ledger(workspace, heap)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), warnings.catch_warnings(), ledger:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        yield ledger
+        # a module that is moved to where it is swaps its weights with themselves, which torch refuses for fake ones
+        with mock.patch.object(torch.utils, "swap_tensors", lambda old, new: None):
+            yield ledger
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,8 @@ class Held:
     """The most that all of it comes to at any moment, with the batch and what operations need for the moment."""
     gradients_at_peak: int
     activations_at_peak: int
+    holes: int
+    """What the allocator holds beyond that when it holds the most; 0 without a heap."""
 
     @property
     def temporary_at_peak(self) -> int:
@@ -189,13 +207,16 @@ def rehearse(step: Step, ledger: Ledger) -> Held:
         arrived.clear()
         ledger.settled()
         ledger.most, ledger.at_most = 0, note
+        if ledger.heap:
+            ledger.heap.most = ledger.heap.held
         step.take(optimizer, costs)
         row = costs.take(optimizer)
     ledger.at_most = lambda: None
     for hook in hooks:
         hook.remove()
     state, saved = row["optimizer_bytes"], row["saved_bytes"]
-    return Held(step.weights, step.copies, row["gradient_bytes"], state, saved, ledger.most, *moment)
+    holes = ledger.heap.most - ledger.most if ledger.heap else 0
+    return Held(step.weights, step.copies, row["gradient_bytes"], state, saved, ledger.most, *moment, holes)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
