@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,8 @@ from entrecipes.recipe.experts import EvolutionProposer, Search
 if TYPE_CHECKING:
     from entrecipes.experts.grouping import Group
     from entrecipes.experts.units import Units
+
+Each = Callable[[Callable[[Plan], Trial], Sequence[Plan]], Iterable[Trial]]
 
 TRIES = 20
 """How often a round that is short of new plans asks again, before it is carried out with those it has."""
@@ -110,6 +112,7 @@ def search(
     bank: MemoryBank,
     proposer: Proposer,
     agree: Callable[[Callable[[], Any]], Any] = lambda make: make(),
+    each: Each = map,
 ) -> Trial:
     """Search one group's network: `rounds` rounds of `candidates` plans, the uniform plan first.
 
@@ -120,10 +123,11 @@ def search(
     Args:
         section: Rounds, candidates, memory, tolerance and penalty.
         task: The group's task.
-        evaluate: Kept atoms per unit -> loss and FLOPs spent. Called in every process.
+        evaluate: Kept atoms per unit -> loss and FLOPs spent.
         bank: Trials so far; read and written in the first process only.
         proposer: Who proposes; asked in the first process only.
         agree: Calls what it is given in the first process and returns the result (or raises the error) in all.
+        each: Calls the first argument with every plan of the second, in one process each, and gives all results to all.
 
     Returns:
         The trial with the highest reward, the earliest among equals. Reward = -(loss - base_loss) / base_loss
@@ -138,12 +142,15 @@ def search(
         plans = agree(partial(_plans_left, section, task, number, bank, proposer))
         if plans is None:
             break
-        for plan in plans:
-            start = time.perf_counter()
-            measured = evaluate(plan.kept)
-            trial = _trial(section, task, plan, measured, time.perf_counter() - start)
+        for trial in each(partial(_measured, section, task, evaluate), plans):
             agree(partial(bank.add, trial))
     return agree(partial(_best, bank, task.group.number))
+
+
+def _measured(section: Search, task: Task, evaluate: Callable[[tuple[int, ...]], Measured], plan: Plan) -> Trial:
+    start = time.perf_counter()
+    measured = evaluate(plan.kept)
+    return _trial(section, task, plan, measured, time.perf_counter() - start)
 
 
 def _identity(section: Search, task: Task) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.pipelines import load_components
 from entrecipes.evaluation.drawing import draw_x0
 from entrecipes.evaluation.evaluator import evaluating
+from entrecipes.evaluation.generation import Shard
 from entrecipes.evaluation.heldout import HeldOutBundle
 from entrecipes.evaluation.scoring import Scoring
 from entrecipes.experts.costs import TRAINING_PASSES
 from entrecipes.experts.criteria import rankings, scores, shares
 from entrecipes.experts.grouping import Group, group_nats, make_groups
-from entrecipes.experts.proxy_pruning import Measured, MemoryBank, Proposer, Task, Trial, search
+from entrecipes.experts.proxy_pruning import Each, Measured, MemoryBank, Proposer, Task, Trial, search
 from entrecipes.experts.tdc import Found
 from entrecipes.experts.units import Units, cut
 from entrecipes.information.profile import Profile
@@ -58,14 +59,17 @@ class ExpertSearch:
         folder: The TDC run's `search/`.
         device: Where networks are tried.
         agree: So that all processes decide alike.
+        each: Shares out the candidates; see `entrecipes.experts.proxy_pruning.search`.
 
     Raises:
         UserError: For a model whose units can't be told, or data that can't be asked for chosen images.
     """
 
-    def __init__(self, recipe: Recipe, base: Path, folder: Path, device: torch.device, agree: Agree) -> None:
+    def __init__(
+        self, recipe: Recipe, base: Path, folder: Path, device: torch.device, agree: Agree, each: Each = map
+    ) -> None:
         self.recipe, self.section, self.folder = recipe, recipe.experts.search, folder
-        self.device, self.agree = device, agree
+        self.device, self.agree, self.each = device, agree, each
         self.components = load_components(Pipeline(pretrained=str(base)), recipe.training.seed)
         self.path, self.family = self.components.path, self.components.family
         self.model = self.components.model.to(device).eval()
@@ -86,7 +90,7 @@ class ExpertSearch:
         x0, condition = draw_x0(self.data, self.data.train, section.images, section.seed, self.device)
         bundle = HeldOutBundle(section, x0, condition, self.path)
         error = Denoiser(self.model, self.family, self.path).x0_error
-        measured = self.agree(lambda: bundle.measure(error, self.batch_size).x0_error)
+        measured = bundle.measure(error, self.batch_size, Shard.here()).x0_error
         self.flops += self.units.base_flops * len(x0) * section.noise_levels
         return Profile(bundle.log_sigma, measured / x0[0].numel())
 
@@ -121,7 +125,8 @@ class ExpertSearch:
                 base_loss=trials.base_loss,
                 seed=self.recipe.training.seed,
             )
-            best, order = search(self.section, task, trials.measure, bank, proposer, self.agree), trials.order
+            best = search(self.section, task, trials.measure, bank, proposer, self.agree, self.each)
+            order = trials.order
         network = cut(self.model, self.units, best.kept, order)
         self.agree(lambda: self.components.pipeline(network).save_pretrained(self.folder / f"start-{group.number}"))
         uniform = [trial.loss for trial in bank.trials(group.number) if trial.proposer == "uniform"]

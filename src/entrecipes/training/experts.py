@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import ModelMixin
 
 from entrecipes.diffusion.pipelines import best_device, load_components, load_pipeline
@@ -152,6 +152,12 @@ class TdcRun:
             raise made
         return made
 
+    def each(self, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """`work` of every item, one in each process at a time, in order and in all processes."""
+        for start in range(0, len(items), self.world_size):
+            mine = items[start : start + self.world_size][self.state.process_index :][:1]
+            yield from gather_object([work(item) for item in mine])
+
     # -- stages -----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -207,7 +213,7 @@ class TdcRun:
 
     def _search(self, base: Path) -> dict[str, Any]:
         """Find the networks, share out the budget, write the plan and the experts' recipes."""
-        finder = ExpertSearch(self.recipe, base, self.folder / "search", self.state.device, self.agree)
+        finder = ExpertSearch(self.recipe, base, self.folder / "search", self.state.device, self.agree, self.each)
         proposer = build("proposer", self.section.search.proposer)
         bank = MemoryBank(self.folder / MEMORY if self.state.is_main_process else None)
         with stopping_at_signals(self):
