@@ -142,11 +142,11 @@ def why_unreachable(error: BaseException, name: str, revision: str | None = None
         return f"{what} is gated: ask for access on its page on the Hub, then `hf auth login`"
     if first(RepositoryNotFoundError):
         return (
-            f"{what}: neither a folder here nor a {kind} on the Hub that you may see{_nearest_id(name, kind)}; check "
+            f"{what}: neither a folder here nor a {kind} on the Hub that you may see{nearest_id(name, kind)}; check "
             "the spelling; a private one needs `hf auth login`"
         )
     if first(RevisionNotFoundError):
-        return f"{what}: {name} has no branch, tag or commit '{revision}'{_revisions(name, revision, kind)}"
+        return f"{what}: {name} has no branch, tag or commit '{revision}'{other_revisions(name, revision, kind)}"
     if first(RemoteEntryNotFoundError):  # a file that not every repository has
         return None
     if found := first(HfHubHTTPError):
@@ -174,7 +174,7 @@ def _refusal(status: int) -> str:
     return f"the Hub has trouble of its own ({status}): try again later; what came is kept"
 
 
-def _nearest_id(name: str, kind: str) -> str:
+def nearest_id(name: str, kind: str) -> str:
     """`; did you mean ...` of what the owner has there."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -186,7 +186,7 @@ def _nearest_id(name: str, kind: str) -> str:
         return ""
 
 
-def _revisions(name: str, revision: str | None, kind: str) -> str:
+def other_revisions(name: str, revision: str | None, kind: str) -> str:
     """`; did you mean ...`, or what there is."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError

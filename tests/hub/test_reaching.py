@@ -14,6 +14,8 @@ from server import STRANGER, Hub
 from tiny import UNET
 
 from entrecipes import reference
+from entrecipes.data.hub import load as open_hub
+from entrecipes.data.text import TextEncoders
 from entrecipes.diffusion.pipelines import load_pipeline
 from entrecipes.errors import UserError
 from entrecipes.recipe.data import HubData
@@ -99,6 +101,26 @@ def test_what_is_not_there(hub: Hub, saved: Path) -> None:
     assert "there are main, try/one, v1.0" in problem("me/net@zzz")
     hub.add("me/text", {"notes.txt": b"nothing"})
     assert "neither a pipeline (model_index.json) nor an adapter of ours" in problem("me/text")
+
+
+def test_data_and_text_encoders(hub: Hub) -> None:
+    hub.add("me/set", {"data/train.csv": b"text\nfirst\n"}, type="dataset")
+    for section, message in (
+        (HubData(id="me/sett"), "data.id: 'me/sett' is neither .* that you may see; did you mean 'me/set'. Check"),
+        (
+            HubData(id="me/set@v1"),
+            "data.revision: the data set me/set has no branch, tag or commit 'v1'; there are main",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_hub(section, image_size=8, channels=1)
+    hub.add("me/text", {"notes.txt": b"nothing"})
+    for id, message in (
+        ("me/texts", r"pipeline.build.text.0: me/texts: neither a folder .*mean 'me/text'"),
+        ("me/text@v1", "has no branch, tag or commit 'v1'; there are main"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TextEncoders.load([TextEncoder(id=id)])
 
 
 def test_what_may_not_be_read(hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

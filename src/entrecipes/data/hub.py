@@ -14,6 +14,7 @@ from entrecipes.data.stream import open_stream
 from entrecipes.data.tables import Table, open_table, require_columns
 from entrecipes.errors import UserError, nearest
 from entrecipes.recipe.data import HubData, HubSequenceData
+from entrecipes.reference import nearest_id, other_revisions
 
 
 def load(section: HubData, *, image_size: int, channels: int) -> Splits:
@@ -93,12 +94,17 @@ def ask(section: HubData | HubSequenceData, call: Any) -> Any:
     try:
         return call()
     except DatasetNotFoundError as error:
+        if str(error).startswith("Revision"):
+            raise UserError(
+                f"data.revision: the data set {section.id} has no branch, tag or commit '{section.revision}'"
+                + other_revisions(section.id, section.revision, "dataset")
+            ) from None
         gated = "gated" in str(error)
         raise UserError(
             f"data.id: '{section.id}' is gated: ask for access on its page, then `hf auth login`."
             if gated
-            else f"data.id: '{section.id}' is neither a folder here nor a data set of the Hub that you may see. "
-            f"Check the spelling; a private one needs `hf auth login`."
+            else f"data.id: '{section.id}' is neither a folder here nor a data set of the Hub that you may see"
+            f"{nearest_id(section.id, 'dataset')}. Check the spelling; a private one needs `hf auth login`."
         ) from None
     except (ConnectionError, HfHubHTTPError, OSError) as error:
         raise UserError(

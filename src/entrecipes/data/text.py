@@ -26,6 +26,7 @@ from entrecipes.fingerprint import fingerprint
 from entrecipes.models.sticker_io import encode_captions
 from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.pipeline import TextEncoder
+from entrecipes.reference import why_unreachable
 
 logger = logging.getLogger(__name__)
 KEY = "pipeline.build.text"
@@ -177,6 +178,8 @@ def _load(section: TextEncoder, key: str) -> tuple[PreTrainedModel, PreTrainedTo
         config = transformers.AutoConfig.from_pretrained(source, **options)
         model = _text_class(config).from_pretrained(source, **options, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if problem := why_unreachable(error, section.id, section.revision):
+            raise UserError(f"{key}: {problem}") from error
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{key}: {section.id} can't be loaded ({first_line}); give a folder or Hub id of a transformers text "
