@@ -7,9 +7,17 @@ from collections.abc import Iterator
 import datasets
 import huggingface_hub.hf_api
 import pytest
+from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from huggingface_hub.utils import _http, close_session
 from server import TOKEN, Hub
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """What a run in this process set up ends with the test."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
