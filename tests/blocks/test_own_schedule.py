@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from doc_blocks import smaller
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import DIT
 
@@ -136,7 +137,7 @@ def test_the_pages_example_runs(pipeline, monkeypatch, capsys):
     monkeypatch.setattr(torch, "load", lambda path: (torch.randn(80, 1, 8, 8), torch.arange(80) % 10))
     monkeypatch.setattr(DiTPipeline, "from_pretrained", lambda path: pipeline)
     code = PAGE.split("```python\n")[1].split("```")[0]
-    exec(code.replace("100_000, 32", "480, 4"), {"__name__": "page"})
+    exec(smaller(code), {"__name__": "page"})
     said = capsys.readouterr().out
     assert "stage 1 of 4: " in said and "stage 4 of 4: trains 6 of 6 blocks [0, 1, 2, 3, 4, 5]" in said
     assert all(weight.requires_grad for weight in pipeline.transformer.parameters())

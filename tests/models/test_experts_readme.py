@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from doc_blocks import smaller
+from doc_folder import SMALL_UNET
 
 from entrecipes import ExpertsPipeline, SlimUNet2DModel, TimestepExperts
 from entrecipes.information.proxies import flops
@@ -16,20 +18,8 @@ from entrecipes.recipe.load import load
 
 ROOT = Path(__file__).parents[2]
 LOOP, LOADING = (part.split("```")[0] for part in (ROOT / "docs/experts.md").read_text().split("```python\n")[1:])
-LONG = "STEPS, BATCH = 10_000, 64"
 PAGE = (ROOT / "recipes/tdc/README.md").read_text()
 SAMPLING = PAGE.split("## The pipeline\n\n```python\n")[1].split("```")[0]
-SMALL = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (16, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -38,12 +28,11 @@ def test_the_loop_trains_two_experts_that_serve_their_timesteps(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    unet = UNet2DModel(**SMALL)
+    unet = UNet2DModel(**SMALL_UNET)
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained("my-pipeline")
     torch.save(2 * torch.rand(64, 1, 8, 8) - 1, "my-data.pt")
-    assert LOOP.count(LONG) == 1
     names: dict[str, object] = {}
-    exec(LOOP.replace(LONG, "STEPS, BATCH = 3, 4"), names)
+    exec(smaller(LOOP), names)
 
     units, (small, large) = names["units"], names["experts"]
     assert (type(small), type(large)) == (SlimUNet2DModel, UNet2DModel)
@@ -64,7 +53,7 @@ def test_the_loop_trains_two_experts_that_serve_their_timesteps(
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    networks = [UNet2DModel(**SMALL, num_class_embeds=10) for _ in range(5)]
+    networks = [UNet2DModel(**SMALL_UNET, num_class_embeds=10) for _ in range(5)]
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     routed = TimestepExperts(networks, [800, 600, 400, 200])
     ExpertsPipeline(routed, scheduler).save_pretrained("outputs/tdc/digits_unet/pipeline")

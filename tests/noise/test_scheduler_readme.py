@@ -7,25 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from doc_blocks import smaller
 from scheduler_case import ours
 
 from entrecipes import InfoNoiseScheduler
 
 PAGE = (Path(__file__).parents[2] / "docs/noise.md").read_text()
 LOOP, SAMPLING = (part.split("```")[0] for part in PAGE.split("```python\n")[1:])
-SMALLER = {
-    "SIZE, BATCH, STEPS, SAVE_EVERY = 32, 64, 50_000, 1_000": "SIZE, BATCH, STEPS, SAVE_EVERY = 8, 4, 40, 20",
-    "torch.rand(10_000,": "torch.rand(50,",
-    "(64, 64, 128, 128)": "(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, attention_head_dim=4",
-}
-
-
-def small(code: str) -> str:
-    """The code with the changes above, each of which must fit."""
-    for old, new in SMALLER.items():
-        assert code.count(old) == 1, old
-        code = code.replace(old, new)
-    return code
 
 
 def test_five_lines_are_marked() -> None:
@@ -47,11 +35,11 @@ def test_the_loop_learns_resumes_and_samples(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(InfoNoiseScheduler, "record", killed)
         with pytest.raises(KeyboardInterrupt):
-            exec(small(LOOP), {})
+            exec(smaller(LOOP), {})
     assert torch.load("checkpoint.pt")["step"] == 20
 
     names: dict[str, object] = {}
-    exec(small(LOOP), names)
+    exec(smaller(LOOP), names)
     scheduler = names["scheduler"]
     assert names["first"] == 20 and scheduler._learner.images == 160 and scheduler._learner.ramped == 1
 
