@@ -25,6 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/recipes")]
+FOLDER = tempfile.TemporaryDirectory(prefix="check-docs-")
+"""Everything is written there, caches as well."""
+os.environ["ENTRECIPES_HOME"] = os.environ["HF_HOME"] = f"{FOLDER.name}/home"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -42,10 +45,11 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [path.resolve() for path in args.paths] or [*pages(), *recipes()]
     began, totals, failed = time.monotonic(), Counter(), 0
-    with tempfile.TemporaryDirectory(prefix="check-docs-") as folder:
+    with FOLDER as folder:
         prepared = Path(folder) / "prepared"
-        make_prepared(prepared)
-        PEOPLE.append(stand_ins(Path(tempfile.mkdtemp(dir=folder))))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            make_prepared(prepared)
+            PEOPLE.append(stand_ins(Path(tempfile.mkdtemp(dir=folder))))
         for path in chosen:
             found = [header(path)] if path.suffix == ".yaml" else blocks(path)
             for place, how, note in _in_child(found, prepared, Path(folder)):
@@ -75,14 +79,14 @@ def _in_child(found: list[Block], prepared: Path, folder: Path) -> list[tuple[st
 def _page(found: list[Block], prepared: Path, folder: Path, pipe) -> None:
     work = Path(tempfile.mkdtemp(dir=folder))
     shutil.copytree(prepared, work, dirs_exist_ok=True, symlinks=True)
-    os.environ["ENTRECIPES_HOME"] = os.environ["HF_HOME"] = str(work / ".home")
     rows, names = [], {"__name__": "page"}
     for block in found:
         os.chdir(work)
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                rows += [(block.place, *row) for row in check_block(block, names, work)]
+                for row in check_block(block, names, work):
+                    rows.append((block.place, *row))
         except BaseException as error:  # whatever a block does, SystemExit included
             tail = "\n".join(said.getvalue().splitlines()[-8:])
             where = traceback.format_exc(limit=-3)
