@@ -9,6 +9,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch.distributed import DistError
+
 from entrecipes.errors import UserError
 from entrecipes.recipe.load import LoadedRecipe
 from entrecipes.training.checkpoint import listed
@@ -20,6 +22,9 @@ from entrecipes.training.run import Run
 from entrecipes.training.tracking import Listener
 
 logger = logging.getLogger(__name__)
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+"""What torch says when a process that it waits for is gone."""
 
 
 class Interrupted(Exception):
@@ -63,7 +68,7 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
         run.log.start_trackers(loaded.name, recipe.model_dump(mode="json"), folder)
     if resumed:
         logger.info("going on from %s", resumed)
-    with stopping_at_signals(run):
+    with stopping_at_signals(run), naming_losses(run):
         train(run)
     if run.stop_requested and run.images < recipe.training.images:
         how = "the same command" if recipe.training.resume == "auto" else "the same command with training.resume=auto"
@@ -90,6 +95,27 @@ def make_room(folder: Path) -> None:
         logger.warning("%s held an earlier run, which is now %s", folder, aside)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     shutil.rmtree(folder / "samples", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_losses(run: Run) -> Iterator[None]:
+    """Say in words that another process is gone, where torch would show the trace of this one, which waited for it.
+
+    Raises:
+        UserError: Then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, DistError) or any(sign in str(error) for sign in LOST)
+        if run.world_size == 1 or not lost:
+            raise
+        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        raise UserError(
+            f"another of this run's {run.world_size} processes has ended or hangs; what it said last, above or in its "
+            f"own log, tells why. The checkpoints in {run.folder} are whole, and the same command goes on from the "
+            f"newest ({reason})"
+        ) from error
 
 
 @contextlib.contextmanager
