@@ -56,7 +56,7 @@ def make_prepared(folder: Path) -> None:
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     ExpertsPipeline(experts, scheduler).save_pretrained(folder / "outputs/tdc/digits_unet/pipeline")
     _run(folder, "digits/demo", tiny(UNET))
-    _run(folder, "digits/dit", tiny(DIT, FLOW))
+    _run(folder, "digits/dit", tiny({**DIT, "config": {**DIT["config"], "num_layers": 6}}, FLOW))
 
 
 def _run(folder: Path, name: str, recipe: dict) -> None:
