@@ -100,19 +100,27 @@ def counted(**counts: int) -> str:
 def _labels(places: Sequence[Place]) -> list[tuple[str, str]]:
     """For each run what it is called, unlike all others, and the series that it belongs to.
 
-    A run is called by the end of its path, as much of it as tells it from the others.
+    A run is called by its path below `outputs`, or by the end of its path; by more of it where that does not tell it
+    from the others.
     """
-    own = {place.path.resolve() for place in places if not place.arm}
-    depth = 1
-    while len({path.parts[-depth:] for path in own}) < len(own):
-        depth += 1
+    own = {place.path.resolve(): _from_outputs(place.path.resolve()) for place in places if not place.arm}
+    more = 0
+    while len({path.parts[-depth - more :] for path, depth in own.items()}) < len(own):
+        more += 1
     found = []
     for place in places:
-        name = place.arm or "/".join(place.path.resolve().parts[-depth:])
+        path = place.path.resolve()
+        name = place.arm or "/".join(path.parts[-own[path] - more :])
         found.append((f"{name} seed {place.seed}" if place.arm else name, name))
     double = Counter(label for label, _ in found)  # arms of two comparisons
-    numbers = [f" ({number})" if double[label] > 1 else "" for number, (label, _) in enumerate(found, start=1)]
-    return [(label + more, series + more) for (label, series), more in zip(found, numbers, strict=True)]
+    tails = [f" ({number})" if double[label] > 1 else "" for number, (label, _) in enumerate(found, start=1)]
+    return [(label + tail, series + tail) for (label, series), tail in zip(found, tails, strict=True)]
+
+
+def _from_outputs(path: Path) -> int:
+    """Parts of a path below the folder that runs go into; 1 where it is in none."""
+    parts = path.parts[::-1]
+    return max(1, parts.index("outputs")) if "outputs" in parts else 1
 
 
 def _title(places: Sequence[Place], runs: Sequence[GalleryRun], comparisons: Sequence[ComparisonFolder]) -> str:

@@ -81,7 +81,7 @@ def columns(runs: Sequence[GalleryRun]) -> list[Column]:
         for key, column in found.items():
             column.note = _difference(origins[name][key], list(origins[name].values()))
             shown.append(column)
-    return shown
+    return sorted(shown, key=lambda column: len(column.found) < 2)  # those that compare come first
 
 
 def summary(runs: Sequence[GalleryRun], shown: Sequence[Column]) -> dict[str, list[Cell]]:
@@ -119,11 +119,9 @@ def comparison_table(comparison: ComparisonFolder) -> Table | None:
         values = [_spread(arm.get("values", {}).get(key)) for key in names]
         finals = [spread_text(spread) if spread else "" for spread in values]
         rows.append([name, "baseline" if baseline else changes, *([""] * 2 if baseline else times), *finals])
-    seeds = record.get("seeds", [])
-    title = (
-        f"Over {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}: mean (lowest to highest), speed-ups as medians"
-    )
-    return Table(f"{title}; to the baseline's final {record['metric']}", header, rows)
+    seeds = len(record.get("seeds", []))
+    over = f"Means over {seeds} {'seed' if seeds == 1 else 'seeds'} (lowest to highest)"
+    return Table(f"{over}; speed-ups to the baseline's final {record['metric']} as medians", header, rows)
 
 
 def _way(run: GalleryRun, metric: Metric) -> dict[str, str]:
