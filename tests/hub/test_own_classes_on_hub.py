@@ -105,6 +105,7 @@ for kind in ("poses", "stickers", "experts"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_they_load_without_us_by_the_source_they_bring(
     hub: Hub, pushed: dict[str, DiffusionPipeline], tmp_path: Path

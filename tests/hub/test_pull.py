@@ -122,6 +122,8 @@ def test_what_can_not_be_pulled(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(UserError, match=message):
             pull(name)
+    with pytest.raises(UserError, match="give the name of a folder .* such as me--net"):
+        pull("me/net", Path("."))
     assert not Path("outputs").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match="make room, or give a folder on another disk"):

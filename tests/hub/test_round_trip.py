@@ -109,6 +109,7 @@ def test_the_verbs_take_what_was_pushed(
     assert all(torch.equal(one.profile.x0_error, learned[0].profile.x0_error) for one in learned)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_a_branch_and_comes_back(
     hub: Hub, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +129,13 @@ def test_an_adapter_is_trained_on_a_branch_and_comes_back(
         assert found.keys() == own.keys() and any(".lora_" in name for name in own)
         assert all(torch.equal(found[name], value) for name, value in own.items())
     assert main(["evaluate", "me/lora"]) == 0
+
+    assert main(["pull", f"me/tiny@{BRANCH}", "-o", "base"]) == 0
+    run = trained(tmp_path / "third", recipe | {"pipeline": {"pretrained": "base"}})
+    push(run, "me/other")
+    found = json.loads(hub.repository("me/other").files()["base.json"])
+    commit = hub.repository("me/tiny").resolve(BRANCH).oid
+    assert (found["source"], found["revision"], found["local"]) == ("me/tiny", commit, False), "where it was pulled"
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     capsys.readouterr()
     assert main(["pull", "me/lora", "-o", "mine"]) == 2

@@ -12,7 +12,6 @@ from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.hf_api import ModelInfo
 
 from entrecipes.errors import UserError
 from entrecipes.hub.commit import check_repo_id
@@ -58,15 +57,18 @@ def pull(name: str, output: Path | None = None) -> tuple[Path, Pulled, bool]:
     repo_id, revision = split(name)
     check_repo_id(repo_id)
     folder = output or Path("outputs") / as_folder(name)
+    if not folder.name:
+        raise UserError(f"-o {folder}: give the name of a folder that is to be made, such as {as_folder(name)}")
     with reaching(repo_id, revision):
         info = steadily(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
-    files = {path: size for path, size in _sizes(info).items() if path in chosen(_sizes(info))}
-    pulled = Pulled(repo_id, revision, info.sha, files)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
+    files = {path: sizes[path] for path in chosen(sizes)}
+    wanted = Pulled(repo_id, revision, info.sha, files)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        _check_same(folder, pulled)
-        return folder, pulled, False
+        _check_same(folder, wanted)
+        return folder, wanted, False
     partial = folder.with_name(f".pulling-{folder.name}")
-    _check_space(partial, pulled)
+    _check_space(partial, wanted)
     command = shlex.join(["entrecipes", "pull", name, *(["-o", str(output)] if output else [])])
     try:
         with reaching(repo_id, revision):
@@ -75,45 +77,48 @@ def pull(name: str, output: Path | None = None) -> tuple[Path, Pulled, bool]:
     except UserError as error:
         raise UserError(f"{error}; `{command}` goes on with what is in {partial}") from error
     _tidy(partial, files)
-    (partial / PULLED).write_text(json.dumps(asdict(pulled), indent=1) + "\n")
+    (partial / PULLED).write_text(json.dumps(asdict(wanted), indent=1) + "\n")
     partial.rename(folder)
-    return folder, pulled, True
+    return folder, wanted, True
+
+
+def pulled(folder: Path) -> Pulled | None:
+    """What a folder was pulled from; None: it was not."""
+    try:
+        return Pulled(**json.loads((folder / PULLED).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def chosen(paths: Collection[str]) -> list[str]:
     """The files of a repository but for weights that stand there twice: in other formats or precisions, or in one file
     beside a pipeline."""
-    kept = [path for path in paths if not WEIGHTS.fullmatch(path) or LOADED.fullmatch(Path(path).name)]
+    kept = {path for path in paths if not WEIGHTS.fullmatch(path) or LOADED.fullmatch(Path(path).name)}
     loaded = {str(Path(path).parent) for path in kept if WEIGHTS.fullmatch(path)} | ({"."} if INDEX in paths else set())
     return [path for path in paths if path in kept or str(Path(path).parent) not in loaded]
 
 
-def _sizes(info: ModelInfo) -> dict[str, int]:
-    return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
-
-
-def _check_same(folder: Path, pulled: Pulled) -> None:
+def _check_same(folder: Path, wanted: Pulled) -> None:
     """Raises UserError unless the folder is what would be pulled."""
-    try:
-        there = Pulled(**json.loads((folder / PULLED).read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder} holds something else; give another folder with -o") from None
-    if (there.repo_id, there.commit) != (pulled.repo_id, pulled.commit):
+    there = pulled(folder)
+    if there is None:
+        raise UserError(f"{folder} holds something else; give another folder with -o")
+    if (there.repo_id, there.commit) != (wanted.repo_id, wanted.commit):
         raise UserError(
-            f"{folder} holds {shown(there.repo_id, there.commit[:8])}, and {shown(pulled.repo_id, pulled.revision)} is "
-            f"commit {pulled.commit[:8]}; remove the folder, or give another with -o"
+            f"{folder} holds {shown(there.repo_id, there.commit[:8])}, and {shown(wanted.repo_id, wanted.revision)} is "
+            f"commit {wanted.commit[:8]}; remove the folder, or give another with -o"
         )
     if missing := [path for path in there.files if not (folder / path).is_file()]:
         raise UserError(f"{folder} lacks {missing[0]}, which was pulled; remove the folder and pull again")
 
 
-def _check_space(partial: Path, pulled: Pulled) -> None:
+def _check_space(partial: Path, wanted: Pulled) -> None:
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     partial.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(pulled.files.values()) - there, shutil.disk_usage(partial.parent).free
+    needed, free = sum(wanted.files.values()) - there, shutil.disk_usage(partial.parent).free
     if needed > free:
         raise UserError(
-            f"{pulled.repo_id} needs {needed / 2**30:.1f} GiB and {partial.parent} has {free / 2**30:.1f} free; make "
+            f"{wanted.repo_id} needs {needed / 2**30:.1f} GiB and {partial.parent} has {free / 2**30:.1f} free; make "
             "room, or give a folder on another disk with -o"
         )
 

@@ -12,6 +12,7 @@ from entrecipes import __version__
 from entrecipes.diffusion.adapter_folder import BASE_FILE, FOLDER, read_base
 from entrecipes.errors import UserError, nearest
 from entrecipes.hub.commit import Files, Pushed, check_repo_id, commit_files
+from entrecipes.hub.pull import pulled
 from entrecipes.hub.refusals import Refused
 from entrecipes.recipe.hub import Hub, Part
 from entrecipes.reference import split
@@ -74,7 +75,9 @@ def asked_for(run: RunFolder) -> Hub:
 
 
 def check_finished(run: RunFolder) -> None:
-    """Raises UserError for a run that has left no `run.json` yet, or lacks what it publishes."""
+    """Raises UserError for a run that has left no `run.json` yet, or lacks what it publishes, or came from the Hub."""
+    if run.has("pulled.json"):
+        raise UserError(f"{run.path}: this was pulled from the Hub, where it is already; push the run folder itself")
     if not run.has("run.json") or not (run.path / published(run.run)).is_dir():
         raise UserError(
             f"{run.path}: this run has not finished, so there is nothing to push yet; "
@@ -95,6 +98,8 @@ def base_on_hub(run: RunFolder, given: str | None = None) -> str | None:
         return given
     folder = Path(base.found_from(run.path / FOLDER))
     for place in (folder, folder.parent):
+        if came := pulled(place):
+            return f"{came.repo_id}@{came.commit}"
         if (place / "recipe.yaml").is_file() and (place / "run.json").is_file():
             hub = asked_for(RunFolder(place))
             if hub.repo_id:
@@ -126,7 +131,9 @@ def files_of(
     for part in what:
         if not found.get(part):
             if part not in PARTS:
-                raise UserError(f"--what {part}: no such part{nearest(part, PARTS)} There are {', '.join(PARTS)}")
+                raise UserError(
+                    f"--what {part}: no such part{nearest(part, PARTS) or '.'} There are {', '.join(PARTS)}"
+                )
             has = ", ".join(part for part in PARTS if found.get(part))
             raise UserError(f"--what {part}: {run.path} has none; it has {has}")
     parts = {part: files for part, files in found.items() if not what or part in what}
