@@ -234,6 +234,8 @@ def test_a_run_pushes_itself_and_ends_well_where_it_can_not(hub: Hub, finished: 
     assert main(["run", str(recipe), f"training.output={run}", "hub.repo_id=me/tiny"]) == 0
     assert len(titles(hub)) == 1 and "pushed to" in caplog.text
     assert torch.equal(weights("me/tiny"), weights(finished / "pipeline"))
+    written = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in content for content in (*written, *hub.repository("me/tiny").files().values()))
 
 
 def test_a_recipe_with_a_token_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

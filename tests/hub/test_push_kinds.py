@@ -9,11 +9,14 @@ import pytest
 import yaml
 from PIL import Image
 from server import Hub
-from tiny import UNET, tiny
+from tiny import DIT, FLOW, UNET, tiny
 from tiny_stickers import save_stickers, train_stickers
 
 from entrecipes.cli import main
 from entrecipes.hub import push
+from entrecipes.recipe.load import load
+from entrecipes.training.checkpoint import listed
+from entrecipes.training.pushing import save_checkpoint
 
 SEARCH = {
     "rounds": 1,
@@ -69,3 +72,23 @@ def test_stickers_are_pushed_with_their_source_and_an_example(
             Image.new("RGB", (8, 8), "white").save(pick)
         exec(block.replace("https://huggingface.co", hub.url), {})
         assert Path("samples.gif").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_checkpoints_of_a_pruned_run_become_the_pipelines_that_they_were(tmp_path: Path, trained: str) -> None:
+    deep = {**DIT, "config": {**DIT["config"], "num_layers": 3}}
+    prune = {"type": "written", "remove": [1], "distill": {"weight": 0.5}}
+    recipe = tiny(deep, FLOW, prune=prune, data={"max_images": 100})
+    if trained == "lora":
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny(deep, FLOW, data={"max_images": 100})))
+        assert main(["run", str(tmp_path / "base.yaml"), f"training.output={tmp_path / 'base'}"]) == 0
+        recipe["pipeline"] = {"pretrained": str(tmp_path / "base")}
+        recipe["blocks"] = {"type": "all", "adapter": {"type": "lora", "rank": 2, "merge": True}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", str(tmp_path / "run.yaml"), f"training.output={tmp_path / 'run'}"]) == 0
+    last = listed(tmp_path / "run" / "checkpoints")[-1]
+    made = save_checkpoint(last, load(tmp_path / "run" / "recipe.yaml").recipe, tmp_path / "run", tmp_path)
+    wanted = tmp_path / "run" / "pipeline"
+    for name in ("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (made / name).read_bytes() == (wanted / name).read_bytes(), name
