@@ -1,6 +1,6 @@
 """Carry out recipes one after the other, in one process or as one of several that a launcher starts.
 
-python drive.py LIST.json [--bare]: the list holds pairs of a recipe's path and its run folder; --bare trains and
+python drive.py LIST.json [--bare]: the list holds a recipe's path, its run folder and changes; --bare trains and
 measures, and publishes nothing
 """
 
@@ -16,18 +16,21 @@ from entrecipes.recipe.load import load
 from entrecipes.training.experts import run_experts
 from entrecipes.training.launch import run_recipe
 from entrecipes.training.loop import train
+from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
 
 
 def main(listed: Path, bare: bool = False) -> None:
     """Run each, until one fails."""
-    for recipe, folder in json.loads(listed.read_text()):
-        loaded = load(recipe, [f"training.output={json.dumps(folder)}"])
+    for recipe, folder, *changes in json.loads(listed.read_text()):
+        loaded = load(recipe, [f"training.output={json.dumps(folder)}", *changes])
         if loaded.recipe.experts.type == "tdc":
             run_experts(loaded)
         elif bare:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            train(Run(loaded.recipe, Path(folder)))
+            run = Run(loaded.recipe, Path(folder))
+            resume(run)
+            train(run)
         else:
             run_recipe(loaded, last=False)
         AcceleratorState._reset_state()  # its precision is that of the last recipe

@@ -8,8 +8,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,17 @@ LATEST = 300
 """Seconds after which processes that have not ended are a failure."""
 
 
-def write(folder: Path, recipes: dict[str, dict[str, Any]], processes: str) -> Path:
-    """A list for the driver; the runs go to folders of their names in `processes`."""
-    pairs = []
+def write(
+    folder: Path, recipes: dict[str, dict[str, Any]], part: str, changes: Mapping[str, list[str]] = MappingProxyType({})
+) -> Path:
+    """A list for the driver; the runs go to folders of their names in `part`."""
+    entries = []
     for name, recipe in recipes.items():
         path = folder / f"{slug(name)}.yaml"
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))  # recipes know no aliases
-        pairs.append([str(path), str(folder / processes / slug(name))])
-    listed = folder / f"{processes}.json"
-    listed.write_text(json.dumps(pairs))
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))  # plain, since recipes know no aliases
+        entries.append([str(path), str(folder / part / slug(name)), *changes.get(name, [])])
+    listed = folder / f"{part}.json"
+    listed.write_text(json.dumps(entries))
     return listed
 
 
