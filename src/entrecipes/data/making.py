@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20
 """Size of a shard at most, where a batch is not larger."""
-SHARD_BATCHES = 64
-"""Batches in a shard at most: what a killed process has to do again."""
+SHARD_BATCHES = 16
+"""Batches in a shard, unless that would be many shards: what a killed process has to do again."""
+MANY = 1024
 TELL_EVERY = 10.0
 """Seconds between two lines about progress."""
 
@@ -77,7 +78,8 @@ class Making:
             UserError: When the disk is full or not writable (whole shards stay), or `check_bad` says so.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        size = self.batch_size * max(1, min(SHARD_BATCHES, SHARD_BYTES // max(1, self.batch_size * self.row_bytes())))
+        wanted = max(SHARD_BATCHES, self.count // (MANY * self.batch_size))
+        size = self.batch_size * max(1, min(wanted, SHARD_BYTES // (self.batch_size * self.row_bytes())))
         parts = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
         names = [f"part-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
         self._note(names, range(len(names)))

@@ -62,6 +62,10 @@ class LazyTensor:
             found[here] = self._open(shard)[chosen[here] - self._starts[shard]]
         return found
 
+    def whole(self) -> Tensor:
+        """All rows of all shards, [N, ...] in memory, copied once."""
+        return torch.cat([self._open(shard) for shard, count in enumerate(self.counts) if count])
+
     def select(self, index: Sequence[int] | Tensor) -> LazyTensor:
         """Only those rows, in that order; nothing is read."""
         rows = self.rows[torch.as_tensor(index)]
@@ -133,7 +137,7 @@ class Shards:
     def read(self, name: str) -> Tensor | None:
         """The same tensor in memory, [N, ...]."""
         lazy = self.lazy(name)
-        return None if lazy is None else lazy[torch.arange(len(lazy))]
+        return None if lazy is None else lazy.whole()
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
