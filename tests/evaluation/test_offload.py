@@ -112,7 +112,10 @@ def holes():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("stickers, i2v", "unet experts")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_single_layers_come_back_where_they_compute(name, tmp_path, holes):
     pipeline, asked = made(name, tmp_path)
     expected = sample(pipeline, asked)

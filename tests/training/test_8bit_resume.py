@@ -28,7 +28,7 @@ def everything(run):
     return {str(path): value for path, value in tree_flatten_with_path(run.weights())[0] if torch.is_tensor(value)}
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit", "lion8bit"])
+@pytest.mark.parametrize("name", ["adamw8bit", pytest.param("paged_adamw8bit", marks=pytest.mark.slow), "lion8bit"])
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, name):
     recipe = tiny_recipe(
         WIDE,

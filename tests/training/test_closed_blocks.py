@@ -11,6 +11,7 @@ from tiny import DIT, FLOW, tiny_recipe
 
 from entrecipes.diffusion.pipelines import load_components
 from entrecipes.diffusion.quantised import is_quantised
+from entrecipes.recipe.idle import idle_keys
 from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.training.loop import step, train
 from entrecipes.training.publish import save_pipeline
@@ -132,7 +133,14 @@ def test_averages_are_those_of_a_run_in_full_precision(base):
     assert sizes[1] < sizes[0]
 
 
-def test_what_it_does_not_go_with_is_refused(base):
+def test_what_it_does_not_go_with_is_refused_and_where_it_does_nothing_is_known(base):
+    assert "blocks.closed.quantise" not in idle_keys(recipe(base, "staged", "nf4"))
+    for blocks in ({"type": "entprog", "growth": "none"}, {"type": "staged", "stages": [{"train": ["*"]}]}):
+        idle = tiny_recipe(DEEP, FLOW, blocks=blocks | {"closed": {"quantise": "nf4"}})
+        assert "blocks.closed.quantise" in idle_keys(idle)
+    with pytest.raises(ValidationError, match="closed.quantise: not with prune"):
+        stages = {"type": "staged", "stages": [{"train": ["proj_out_*"]}], "closed": {"quantise": "nf4"}}
+        tiny_recipe(DEEP, FLOW, blocks=stages, prune={"type": "written", "remove": [1]})
     with pytest.raises(ValidationError, match="closed.quantise: goes with adapter: none alone"):
         recipe(base, "staged", "nf4").model_validate(
             tiny_recipe(DEEP, FLOW).model_dump(by_alias=True)

@@ -55,8 +55,12 @@ def _blocks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for i, stage in enumerate(blocks.stages):
             if stage.from_images >= images:
                 yield f"blocks.stages.{i}", f"when it starts after the run's {images} images"
+        if "*" in blocks.stages[0].train:
+            yield "blocks.closed.quantise", "when the first stage opens everything"
     if not isinstance(blocks, EntProgSection):
         return
+    if blocks.growth == "none" and blocks.largest == 1:
+        yield "blocks.closed.quantise", "with growth: none, which opens all blocks at once"
     if blocks.order != "cost_aware":
         yield "blocks.score", f"with order: {blocks.order}"
     elif blocks.inputs == "always" and blocks.adapter.type not in ("lora", "qlora"):
