@@ -41,8 +41,8 @@ class ClosedLayers:
     place of four, with EMA of eight; but each evaluation and checkpoint brings the closed layers to the device for a
     while, so that what it saves is memory beside activations. Open blocks meet rounded neighbours until those open: in
     fine-tuning a digit DiT of 1.8 M weights, the 4 lower of 6 blocks closed for the first half, held-out nats ended at
-    39.526 and 39.761 with int8 (two seeds; the same without) and at 39.858 and 40.089 with nf4. It is not worth it where
-    all blocks open soon: the peak then is that of a full step.
+    39.526 and 39.761 with int8 (two seeds; the same without) and at 39.858 and 40.089 with nf4. It is not worth it
+    where all blocks open soon: the peak then is that of a full step.
     """
 
     def __init__(self, how: str | None, model: nn.Module, copies: Sequence[nn.Module] = ()) -> None:

@@ -56,7 +56,7 @@ class QLoraSection(LoraKeys):
 
     type: Literal["qlora"] = "qlora"
     quantise: Quantise = "nf4"
-    """4 bits (nf4, by bitsandbytes) or 8 (int8, nearer to the base, as fast to compute with)."""
+    """4 bits (nf4, by bitsandbytes) or 8 (int8, twice the memory and a tenth of the rounding)."""
 
 
 @register("adapter", implementation="entrecipes.blocks.difffit:BitFit", paper="Zaken et al. 2022 (arXiv 2106.10199)")
