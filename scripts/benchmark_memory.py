@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,23 @@ def measure(words: list[str], steps: int) -> dict[str, Any]:
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
     found = measured(run, row) | {"peak": peak, "built": built}
+    return compared(predicted, found)
+
+
+def predict_again(words: list[str], row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a new prediction for the same process, and what was measured."""
+    from entrecipes.recipe.load import load
+    from entrecipes.training.memory import predict
+
+    old = row["predicted"]
+    new = replace(
+        predict(load(words[0], words[1:]).recipe, process=old["process"]), frozen=old["frozen"], data=old["data"]
+    )
+    return row | compared(new, row["measured"])
+
+
+def compared(predicted: Any, found: dict[str, float]) -> dict[str, Any]:
+    """Prediction, measurement, and the error of each component."""
     error = {key: getattr(predicted, key) / value - 1 for key, value in found.items() if key != "built" and value}
     return {"predicted": asdict(predicted) | {"peak": predicted.peak}, "measured": found, "error": error}
 
@@ -117,6 +134,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--exact", action="store_true", help="CPU: give freed tensors back at once")
     parser.add_argument("--results", type=Path, help="JSON file to write (and to add configurations to)")
+    parser.add_argument("--predict-again", action="store_true", help="keep what --results holds of measurements")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -136,21 +154,42 @@ def main() -> int:
         os.environ["ENTRECIPES_HOME"] = str(Path(folder) / "home")
         for name in args.only:
             words = [word.format(**made) if word.endswith(("{base}", "{vae}")) else word for word in CASES[name]]
-            found = in_a_process(words, args.steps, args.exact)
+            if args.predict_again:
+                found = predict_again(words, rows[name])
+            else:
+                found = in_a_process(words, args.steps, args.exact)
             rows[name] = {"recipe": CASES[name], "exact": args.exact, **found}
             print(line(name, rows[name]), flush=True)
             if args.results:
                 about = {"command": " ".join(["python", *sys.argv]), "device": device_name(best_device())}
                 args.results.parent.mkdir(parents=True, exist_ok=True)
                 args.results.write_text(json.dumps(about | {"versions": versions, "cases": rows}, indent=1) + "\n")
+    print(to_markdown(rows))
     return 0
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     """Predicted / measured MiB of each component, and the error of the peak."""
-    names = ("weights", "average", "gradients", "optimizer", "activations", "peak")
-    cells = [f"{key} {row['predicted'][key] * 1024:.1f}/{row['measured'].get(key, 0) * 1024:.1f}" for key in names]
-    return f"{name}: " + ", ".join(cells) + f": {row['error']['peak']:+.1%}"
+    return f"{name}: " + ", ".join(f"{key} {cell}" for key, cell in zip(COLUMNS, cells(row), strict=True))
+
+
+COLUMNS = ["weights", "average", "optimizer", "gradients", "activations", "frozen", "data", "peak", "error"]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """MiB: one number where prediction and measurement agree to 0.1, else both; and the error of the peak."""
+    found = []
+    for key in COLUMNS[:-1]:
+        both = [f"{row[kind].get(key, 0) * 1024:.1f}" for kind in ("predicted", "measured")]
+        found.append(both[0] if both[0] == both[1] else " / ".join(both))
+    return [*found, f"{row['error']['peak']:+.1%}"]
+
+
+def to_markdown(rows: dict[str, Any]) -> str:
+    """The table of the README."""
+    header = ["configuration", *COLUMNS]
+    body = [[name, *cells(row)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ def foretell(loaded: LoadedRecipe, args: argparse.Namespace) -> tuple[Prediction
     def changed(switch: str) -> LoadedRecipe:
         return load(args.recipe, [*args.overrides, switch])
 
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+        print("memory: what a process holds of weights shared out over several is not predicted", file=sys.stderr)
+        return None, []
     recipe, world_size = loaded.recipe, int(os.environ.get("WORLD_SIZE", 1))
     try:
         predicted = predict(recipe, world_size)

@@ -22,14 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("recipe", help="a recipe file, or the name of one that comes with entrecipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as training.images=20k")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, take a few steps, write nothing")
     parser.add_argument(
-        "--meta", action="store_true", help="--dry-run: only build the model, without weights, data or network"
+        "--dry-run", action="store_true", help="take a few steps; memory, predicted and measured; writes nothing"
     )
+    parser.add_argument("--meta", action="store_true", help="--dry-run: only predict, without weights or data")
     parser.add_argument("--timed", type=float, default=0.0, metavar="SECONDS", help="--dry-run: time steps for so long")
     parser.add_argument("--json", action="store_true", help="--dry-run: say it as one line of JSON")
     parser.add_argument(
-        "--accelerate", metavar="FILE", help="launch through Accelerate with this config (or: cpu, ddp, fsdp, fsdp_zero2)"
+        "--accelerate",
+        metavar="FILE",
+        help="launch through Accelerate with this config (or: cpu, ddp, fsdp, fsdp_zero2)",
     )
 
 

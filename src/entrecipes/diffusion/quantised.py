@@ -55,8 +55,8 @@ class RehearsedNf4(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         count = linear.weight.numel()
-        self.weight = nn.Parameter(torch.empty(count // 2, 1, dtype=torch.uint8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(count // 64, dtype=torch.uint8))
+        bits = torch.empty(count // 2 + count // 64, 1, dtype=torch.uint8)  # and a byte of scale for each 64
+        self.weight = nn.Parameter(bits, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:

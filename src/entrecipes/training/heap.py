@@ -46,8 +46,9 @@ class Heap:
             start = -(-(found + 16) // ALIGNED) * ALIGNED - 16
             if 0 < start - found < SMALLEST:
                 start += ALIGNED
-            self._give_back(start + size, found + SLACK - start)
-            self._give_back(found, start - found)
+            for rest in ((start + size, found + SLACK - start), (found, start - found)):
+                if rest[1]:
+                    self.give(rest)
         self.most = max(self.most, self.held)
         return start, size
 
@@ -70,12 +71,6 @@ class Heap:
             if self.extent - self.top >= self.trimmed_from:
                 self.extent = self.top
         else:
-            self._list(start, size)
-
-    def _give_back(self, start: int, size: int) -> None:
-        if start + size == self.top:
-            self.top = start
-        elif size:
             self._list(start, size)
 
     def _place(self, size: int) -> int:

@@ -16,8 +16,8 @@ WORTH_GIB = 0.03
 """What saves less, in GiB, is not said."""
 WORTH_SHARE = 0.02
 """The same as a share of the peak."""
-EIGHT_BIT = 0.26
-"""What 8-bit moments take of 32-bit ones: a byte for four, and a scale for each 256 of them."""
+TRIED_GIB = 1 / 1024
+"""Components that hold less are not worth a try."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,20 @@ def switches(recipe: Recipe, predicted: Prediction, rows: int) -> Iterator[tuple
     Not all models and sections take all of them. What is held all the time is saved as it is.
     """
     training, optimizer = recipe.training, recipe.optimizer
-    half = 1 / 1024  # GiB below which a component is not worth a try
-    if not training.gradient_checkpointing and predicted.activations > half:
+    if not training.gradient_checkpointing and predicted.activations > TRIED_GIB:
         yield (
             "training.gradient_checkpointing=true",
             "the forward pass is computed twice: about a third more time",
             None,
         )
     size = training.micro_batch_size or rows
-    if size % 2 == 0 and predicted.activations > half:
+    if size % 2 == 0 and predicted.activations > TRIED_GIB:
         price = f"the same gradients in {2 * rows // size} passes, each less busy"
         yield f"training.micro_batch_size={size // 2}", price, None
-    if training.precision == "no" and predicted.activations > half:
+    if training.precision == "no" and predicted.activations > TRIED_GIB:
         where = "" if predicted.device == "cuda" else "; slower on CPUs without bf16"
         yield "training.precision=bf16", f"products are rounded to 8 bits{where}", None
-    if isinstance(optimizer, AdamKeys) and optimizer.type == "adamw" and predicted.optimizer > half:
+    if isinstance(optimizer, AdamKeys) and optimizer.type == "adamw" and predicted.optimizer > TRIED_GIB:
         kept = optimizer.model_dump(mode="json", exclude_defaults=True, exclude={"type", "eps"})
         name, price = "adamw8bit", "moments are rounded to 8 bits"
         if predicted.device == "cuda" and not predicted.fits:
@@ -89,8 +88,8 @@ def switches(recipe: Recipe, predicted: Prediction, rows: int) -> Iterator[tuple
                 "paged_adamw8bit",
                 "moments are rounded to 8 bits, and wait in the host's memory where need be",
             )
-        yield f"optimizer={json.dumps({'type': name} | kept)}", price, predicted.optimizer * (1 - EIGHT_BIT)
-    if training.ema and predicted.average > half:
+        yield f"optimizer={json.dumps({'type': name} | kept)}", price, None
+    if training.ema and predicted.average > TRIED_GIB:
         price = "the last weights are published, not their average: samples are usually worse"
         yield "training.ema=null", price, predicted.average
     if recipe.pipeline.pretrained and recipe.blocks.adapter.type == "none":
