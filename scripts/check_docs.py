@@ -71,7 +71,8 @@ def _in_child(found: list[Block], prepared: Path, folder: Path) -> list[tuple[st
     try:
         return ours.recv()
     except EOFError:
-        return [(found[0].place, "FAILED", "the process died")]
+        child.join()
+        return [(found[0].place, "FAILED", f"the process died with exit code {child.exitcode}")]
     finally:
         child.join()
 
