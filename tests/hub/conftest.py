@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from huggingface_hub.utils import _http, close_session
-from server import TOKEN, Hub
+from server import Hub
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +64,3 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(_http, "time", Clock())
     return waited
-
-
-@pytest.fixture
-def token() -> str:
-    """The token that must turn up nowhere."""
-    return TOKEN

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from push_case import asks, hashes, titles, token_in, trained, weights
 from server import READ_TOKEN, STRANGER, TOKEN, Hub
 from tiny import DIT, FLOW, tiny
 
 from entrecipes import InfoNoiseScheduler
 from entrecipes.cli import main
-from entrecipes.diffusion.pipelines import load_pipeline
 from entrecipes.errors import UserError
 from entrecipes.hub import commit, push
-from entrecipes.recipe.load import load
-from entrecipes.recipe.schema import Recipe
 from entrecipes.training.pushing import push_all, push_when_asked
 
 LEARNED = {"type": "infonoise", "warmup": 48, "ramp": 48, "refresh_every": 32, "buffer": 100}
 FOREVER = float("inf")
-
-
-def trained(folder: Path, recipe: dict, *overrides: str) -> Path:
-    """A run of the recipe, in this process."""
-    path = folder / "recipe.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe))
-    assert main(["run", str(path), f"training.output={folder / 'run'}", *overrides]) == 0
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +36,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its content's hash."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def weights(folder: Path | str) -> torch.Tensor:
-    """The last of the weights of a pipeline, loaded by plain diffusers from a folder or from the Hub."""
-    return list(DiffusionPipeline.from_pretrained(str(folder)).transformer.parameters())[-1]
-
-
-def asks(run: Path, *keys: str) -> Recipe:
-    """Set keys of `hub:` in a run's recipe; the recipe."""
-    loaded = load(run / "recipe.yaml", [f"hub.{key}" for key in keys])
-    (run / "recipe.yaml").write_text(loaded.resolved_yaml())
-    return loaded.recipe
-
-
-def titles(hub: Hub, revision: str = "main") -> list[str]:
-    """Of the commits after the one that the Hub makes itself."""
-    return [one.title for one in hub.repository("me/tiny").history(revision)[:-1]]
-
-
 def test_all_of_it_in_one_commit_that_plain_diffusers_loads(hub: Hub, run: Path) -> None:
-    before = hashes(run)
-    pushed = push(run, "me/tiny")
+    before, pushed = hashes(run), push(run, "me/tiny")
     assert pushed.url == f"{hub.url}/me/tiny" and pushed.changed and hashes(run) == before
     assert len(titles(hub)) == 1 and "160 images" in titles(hub)[0]
     files = hub.repository("me/tiny").files()
@@ -141,8 +101,7 @@ def test_a_failure_says_what_to_do_and_the_same_again_goes_through(
     assert torch.equal(weights("me/tiny"), weights(run / "pipeline"))
     later = [one.path for one in hub.asked("PUT", "/storage/") if one.status == 200][len(sent) :]
     assert not set(sent) & set(later), "nothing that had arrived is sent again"
-    assert not [name for name, content in files.items() if TOKEN.encode() in content]
-    assert not [name for name in hashes(run) if TOKEN.encode() in (run / name).read_bytes()]
+    assert not token_in(run, hub)
 
 
 def test_no_network_offline_no_token_no_right(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,13 +145,17 @@ def test_what_can_not_be_pushed(hub: Hub, run: Path) -> None:
     assert not hub.requests
 
 
-def test_what_is_gone_goes_and_what_others_left_stays(hub: Hub, run: Path) -> None:
+def test_what_is_gone_goes_and_what_others_left_stays(hub: Hub, run: Path, waits: list[float]) -> None:
     push(run, "me/tiny")
     theirs = {"LICENSE": b"theirs", "samples/theirs.png": b"theirs"}
     hub.repository("me/tiny").put(theirs)
     for name in ("report.html", "samples/images-000000000160.png"):
         (run / name).unlink()
     shutil.rmtree(run / "infonoise"), shutil.rmtree(run / "pipeline" / "infonoise")
+    unread = hub.fail("HEAD", "/resolve/.*entrecipes", status=500, times=FOREVER)
+    with pytest.raises(UserError, match=r"trouble of its own \(500\)"):  # what is ours there is not known
+        push(run, "me/tiny")
+    unread.times = 0
     hub.fail("POST", "/commit/", do=lambda: hub.repository("me/tiny").put({"meanwhile.txt": b"theirs"}))
     push(run, "me/tiny")
     files = hub.repository("me/tiny").files()
@@ -214,9 +177,7 @@ def test_a_branch_and_the_checkpoints_on_theirs(hub: Hub, run: Path) -> None:
     assert 'from_pretrained("me/tiny", revision="new")' in hub.repository("me/tiny").files("new")["README.md"].decode()
     names = ["images-000000000144", "images-000000000160"]
     assert [one.url.rsplit("/")[-1] for one in each] == names
-    earlier, last = (
-        list(DiffusionPipeline.from_pretrained("me/tiny", revision=name).transformer.parameters())[-1] for name in names
-    )
+    earlier, last = (weights("me/tiny", name) for name in names)
     assert torch.equal(last, weights(run / "pipeline")) and not torch.equal(earlier, last)
     files = hub.repository("me/tiny").files(names[0])
     assert "after 144 of 160 images" in files["README.md"].decode() and "report.html" not in files
@@ -234,8 +195,7 @@ def test_a_run_pushes_itself_and_ends_well_where_it_can_not(hub: Hub, finished: 
     assert main(["run", str(recipe), f"training.output={run}", "hub.repo_id=me/tiny"]) == 0
     assert len(titles(hub)) == 1 and "pushed to" in caplog.text
     assert torch.equal(weights("me/tiny"), weights(finished / "pipeline"))
-    written = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
-    assert not any(TOKEN.encode() in content for content in (*written, *hub.repository("me/tiny").files().values()))
+    assert not token_in(run, hub)
 
 
 def test_a_recipe_with_a_token_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,56 +206,3 @@ def test_a_recipe_with_a_token_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert main(["show", str(path), f"license={TOKEN}"]) == 2
     said = capsys.readouterr()
     assert said.err.count("access token") == 2 and "hf auth login" in said.err and TOKEN not in said.err + said.out
-
-
-@pytest.mark.slow
-def test_an_adapter_names_its_base_on_the_hub_and_takes_a_pipelines_place(
-    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lora = {"type": "all", "adapter": {"type": "lora", "rank": 2}}
-    recipe = tiny(DIT, FLOW, blocks=lora, data={"max_images": 100}) | {"pipeline": {"pretrained": str(run)}}
-    adapted, before = trained(tmp_path / "adapted", recipe), hashes(tmp_path / "run")
-    push(run, "me/tiny")
-    with pytest.raises(UserError, match="lies on .*run, which nobody else has; push that first.*--base owner/name"):
-        push(adapted, "me/other")
-    assert main(["push", str(adapted), "--repo-id", "me/other", "--base", "me/tiny"]) == 0
-    asks(run, "repo_id=me/tiny")
-    assert not push(adapted, "me/other").changed, "the base's own recipe says where it is"
-    files = hub.repository("me/other").files()
-    assert "model_index.json" not in files and str(tmp_path) not in files["base.json"].decode()
-
-    card = files["README.md"].decode()
-    snippet = card.split("```python\n")[1].split("```")[0]
-    assert '"me/tiny"' in snippet and '"me/other"' in snippet and "base_model: me/tiny" in card
-    monkeypatch.chdir(tmp_path)
-    exec(snippet, names := {})
-    found, wanted = (pipeline.transformer for pipeline in (names["pipeline"], load_pipeline(str(adapted))))
-    loras = [name for name, _ in wanted.named_parameters() if ".lora_" in name]
-    assert loras and all(torch.equal(found.get_parameter(name), wanted.get_parameter(name)) for name in loras)
-    ours = load_pipeline("me/other").transformer
-    assert all(torch.equal(ours.get_parameter(name), wanted.get_parameter(name)) for name in loras)
-
-    push(adapted, "me/tiny", base="me/base")
-    files = hub.repository("me/tiny").files()
-    assert "base.json" in files and not {
-        "model_index.json",
-        "vae/config.json",
-        "infonoise/scheduler_config.json",
-    } & set(files)
-    assert hashes(tmp_path / "run").keys() == before.keys()
-
-
-@pytest.mark.slow
-def test_of_two_processes_one_pushes_once(hub: Hub, tmp_path: Path) -> None:
-    recipe, root = tmp_path / "recipe.yaml", Path(__file__).parents[2]
-    recipe.write_text(yaml.safe_dump(tiny(DIT, FLOW, data={"max_images": 100}, hub={"repo_id": "me/tiny"})))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", root / "recipes/accelerate/ddp.yaml"]
-    command = [*launch, root / "scripts/train.py", recipe, f"training.output={tmp_path / 'run'}"]
-    environment = {**os.environ, **hub.environment(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
-    assert '"world_size": 2' in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert len(titles(hub)) == 1 and len(hub.asked("POST", "/commit/")) == 1 and done.stderr.count("pushed to") == 1
-    assert not [name for name in hashes(tmp_path / "run") if TOKEN.encode() in (tmp_path / "run" / name).read_bytes()]
-    assert torch.equal(weights("me/tiny"), weights(tmp_path / "run" / "pipeline"))

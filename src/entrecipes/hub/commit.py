@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from entrecipes.errors import UserError
@@ -114,11 +114,11 @@ def _commit(
 
 
 def _manifest(repo_id: str, kind: str, commit: str) -> dict[str, list[str]]:
+    path = hf_hub_download(repo_id, MANIFEST, repo_type=kind, revision=commit)
     try:
-        path = hf_hub_download(repo_id, MANIFEST, repo_type=kind, revision=commit)
         parts = json.loads(Path(path).read_text())["parts"]
         return {str(part): [str(path) for path in paths] for part, paths in parts.items()}
-    except (EntryNotFoundError, ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return {}  # somebody else's file of that name: nothing is known to be ours, so nothing is removed
 
 
