@@ -47,9 +47,12 @@ def main() -> int:
     began, totals, failed = time.monotonic(), Counter(), 0
     with FOLDER as folder:
         prepared = Path(folder) / "prepared"
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            make_prepared(prepared)
-            PEOPLE.append(stand_ins(Path(tempfile.mkdtemp(dir=folder))))
+        PEOPLE.append(Path(folder) / "people")
+        maker = multiprocessing.get_context("fork").Process(target=_prepare, args=(prepared,))
+        maker.start()  # not here: a process that has trained must not be forked
+        maker.join()
+        if maker.exitcode:
+            return maker.exitcode
         for path in chosen:
             found = [header(path)] if path.suffix == ".yaml" else blocks(path)
             for place, how, note in _in_child(found, prepared, Path(folder)):
@@ -59,6 +62,13 @@ def main() -> int:
                     print(f"{how:9} {place:36} {note}", flush=True)
     print(f"\n{', '.join(f'{count} {how}' for how, count in totals.most_common())}; {time.monotonic() - began:.0f} s")
     return 1 if failed else 0
+
+
+def _prepare(folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        make_prepared(folder)
+        PEOPLE[0].mkdir()
+        stand_ins(PEOPLE[0])
 
 
 def _in_child(found: list[Block], prepared: Path, folder: Path) -> list[tuple[str, str, str]]:
