@@ -1,4 +1,4 @@
-"""Train recipes one after the other in this process: `sharded_runs.py FOLDER NAME...` runs FOLDER/NAME.yaml to FOLDER/NAME."""
+"""Train recipes one after the other: `sharded_runs.py FOLDER NAME...` runs FOLDER/NAME.yaml into FOLDER/NAME."""
 
 from __future__ import annotations
 

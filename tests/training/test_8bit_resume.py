@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from entrecipes.training.loop import train
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
+from entrecipes.training.weights import weights
 
 WIDE = {**DIT, "config": {**DIT["config"], "attention_head_dim": 16, "num_attention_heads": 4}}
 LAST, FIRST = ("transformer_blocks.1.*", "proj_out_*"), ("transformer_blocks.0.*", "proj_out_*")
@@ -25,7 +26,7 @@ def fresh_accelerate():
 
 def everything(run):
     """Weights, averages and moments, as a checkpoint holds them."""
-    return {str(path): value for path, value in tree_flatten_with_path(run.weights())[0] if torch.is_tensor(value)}
+    return {str(path): value for path, value in tree_flatten_with_path(weights(run))[0] if torch.is_tensor(value)}
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", pytest.param("paged_adamw8bit", marks=pytest.mark.slow), "lion8bit"])

@@ -18,6 +18,7 @@ from entrecipes.training.publish import save_pipeline
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
 from entrecipes.training.telling import begin
+from entrecipes.training.weights import evaluated, weights
 
 DEEP = {**DIT, "config": {**DIT["config"], "num_layers": 4}}
 HEAD = ["proj_out_*", "transformer_blocks.3.*"]
@@ -71,7 +72,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, base, blocks, how):
         (tmp_path / name).mkdir()
     whole = Run(values, tmp_path / "whole")
     train(whole)
-    expected = whole.weights()
+    expected = weights(whole)
     part = Run(values, tmp_path / "parts")
     part.log.listener = lambda row: setattr(part, "stop_requested", row["images"] >= 64)
     train(part)
@@ -81,7 +82,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, base, blocks, how):
     assert rest.blocks.closed.names() == part.blocks.closed.names()
     train(rest)
     for key in ("model", "ema"):
-        found = rest.weights()[key]
+        found = weights(rest)[key]
         assert all(torch.equal(found[name], value) for name, value in expected[key].items()), key
     nats = [[row["nats"] for row in run.log.rows("held_out")] for run in (whole, rest)]
     assert nats[1] == nats[0]
@@ -106,7 +107,7 @@ def test_what_opens_was_never_changed_and_what_is_published_is_whole(tmp_path, b
     weights = {weight for weight in run.model.parameters() if weight.requires_grad}
     assert set(run.optimizer.optimizer.state) == weights
 
-    with run.eval_model() as model:
+    with evaluated(run) as model:
         assert not held(model) and all(weight.dtype == torch.float32 for weight in model.parameters())
         save_pipeline(run, model, tmp_path)
         kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -124,7 +125,7 @@ def test_averages_are_those_of_a_run_in_full_precision(base):
     runs = [Run(recipe(base, "staged", how), None) for how in (None, "int8")]
     for run in runs:
         train(run)
-    plain, quantised = (run.weights()["ema"] for run in runs)
+    plain, quantised = (weights(run)["ema"] for run in runs)
     for name, value in plain.items():
         if name.startswith("transformer_blocks.0."):
             assert torch.equal(value, quantised[name])

@@ -28,6 +28,7 @@ from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.report.report import write_report
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import peak_memory_gib
+from entrecipes.training.weights import evaluated
 
 VERSIONS = ("entrecipes", "torch", "diffusers", "accelerate", "transformers", "datasets", "torchmetrics", "numpy")
 
@@ -44,7 +45,7 @@ def publish(run: Run, name: str, **more: Any) -> None:
         more: Further facts for `run.json`.
     """
     peak = run.accelerator.gather(torch.tensor([peak_memory_gib(run.device)], device=run.device)).max().item()
-    with run.eval_model() as model:
+    with evaluated(run) as model:
         if run.accelerator.is_main_process:
             save_pipeline(run, model, run.folder)
     if run.accelerator.is_main_process:

@@ -14,6 +14,7 @@ from entrecipes.recipe.curriculum import TaskCurriculumKeys
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training import checkpoint
 from entrecipes.training.run import Run
+from entrecipes.training.weights import load_weights, weights
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """Everything that decides anything from here on."""
     scaler = run.accelerator.scaler
     return {
-        **run.weights(),
+        **weights(run),
         "adapter": run.adapter.identity(),
         "noise": run.noise.state_dict(),
         "blocks": run.blocks.state_dict(),
@@ -107,7 +108,7 @@ def _load(run: Run, path: Path, state: dict[str, Any]) -> None:
         run.curriculum.load_state_dict(state.get("curriculum", {}))
         run.blocks.load_state_dict(state["blocks"])
         run.wrap()
-        run.load_weights(state)
+        load_weights(run, state)
         run.noise.load_state_dict(state["noise"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -43,7 +43,6 @@ from entrecipes.training.sharding import (
     keep_names,
     prepare_to_shard,
     reshard,
-    settle_moments,
     whole,
 )
 from entrecipes.training.subject import subject_of
@@ -304,35 +303,3 @@ class Run:
     def grid_path(self) -> Path:
         """The sample grid drawn at the images seen so far."""
         return self.folder / "samples" / f"images-{self.images:012d}.png"
-
-    @contextlib.contextmanager
-    def eval_model(self) -> Iterator[Any]:
-        """The weights that are evaluated and published, whole and on the device: the averaged ones, or without EMA the
-        trained ones. All processes have to ask for them."""
-        if not self.sharded:
-            with self.blocks.whole():
-                yield self.ema.model if self.ema else self.model
-            return
-        model = (self.ema or self.copy).collect()
-        yield model.to(self.device)
-        model.to("cpu")
-
-    def weights(self) -> dict[str, Any]:
-        """What training moves, whole: the weights that may be trained, their average and the optimizer's state."""
-        with self.blocks.whole():
-            return {
-                "model": self.adapter.state_dict(self.copy.collect() if self.copy else self.model),
-                "ema": self.adapter.state_dict(self.ema.collect()) if self.ema else {},
-                "optimizer": whole(self.optimizer.optimizer.state_dict()),
-            }
-
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Restore what `weights` gave; the optimizer must be over the same weights as then."""
-        with self.blocks.whole(changed=True):
-            self.adapter.load_state_dict(self.copy.model if self.copy else self.model, state["model"])
-            if self.ema:
-                self.adapter.load_state_dict(self.ema.model, state["ema"] or state["model"])
-        for follower in filter(None, (self.ema, self.copy)):
-            follower.share_out()
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
-        settle_moments(self.optimizer.optimizer)

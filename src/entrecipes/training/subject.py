@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 from entrecipes.blocks.pruning import Subject
 from entrecipes.evaluation.scoring import Scoring
-from entrecipes.training.snapshots import restore, snapshot
+from entrecipes.training.weights import restore, snapshot
 
 if TYPE_CHECKING:
     from entrecipes.training.run import Run

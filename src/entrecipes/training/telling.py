@@ -9,6 +9,7 @@ from entrecipes.evaluation.heldout import HeldOutResult
 from entrecipes.report.plots import save_grid, save_moving
 from entrecipes.training.run import Run
 from entrecipes.training.tracking import peak_memory_gib
+from entrecipes.training.weights import evaluated
 
 
 def begin(run: Run) -> None:
@@ -23,7 +24,7 @@ def begin(run: Run) -> None:
         measure_when_due(run, run.images - run.recipe.training.batch_size)
         return
     if run.recipe.evaluation.every:
-        with run.eval_model() as model:
+        with evaluated(run) as model:
             _log_nats(run, run.evaluator.nats(model))
     run.window.clear()
     run.advance_blocks()
@@ -39,7 +40,7 @@ def measure_when_due(run: Run, before: int) -> None:
     samples_due = run.folder is not None and run.experts.samples and run.due(training.sample_every, before)
     if not (nats_due or metrics_due or samples_due):
         return
-    with run.window.paused(), run.eval_model() as model:
+    with run.window.paused(), evaluated(run) as model:
         nats = evaluator.nats(model) if nats_due or metrics_due else {}
         if nats_due:
             _log_nats(run, nats)
