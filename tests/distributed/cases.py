@@ -434,7 +434,6 @@ CASES: dict[str, Callable[[Places], Recipe]] = {
     "tdc by information": lambda places: tiny(
         WIDE,
         VP,
-        noise=LEARNED,
         experts={
             "type": "tdc", "groups": 2, "k": 0.7, "by": "information", "search": SEARCH | {"criterion": "taylor"},
         },
