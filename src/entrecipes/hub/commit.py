@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from entrecipes.errors import UserError
 from entrecipes.hub.refusals import Refused, why_refused
+from entrecipes.reference import patient
 from entrecipes.tokens import holds_token
 
 MANIFEST = ".entrecipes.json"
@@ -69,7 +70,7 @@ def commit_files(
     """
     check_repo_id(repo_id)
     _check_secrets(parts)
-    with _explained(repo_id), _patient():
+    with _explained(repo_id), patient(PATIENCE):
         if get_token() is None:
             raise Refused(f"{repo_id}: there is no access token", "`hf auth login` (or set HF_TOKEN), then")
         api = HfApi(library_name="entrecipes")
@@ -142,17 +143,6 @@ def _check_secrets(parts: Mapping[str, Files]) -> None:
             if holds_token(text):
                 where = path if isinstance(file, bytes) else file
                 raise UserError(f"{where}: holds something like an access token (hf_...), so that nothing was sent")
-
-
-@contextmanager
-def _patient() -> Iterator[None]:
-    """A Hub that stays silent is given up after a while; the client itself would wait for ever."""
-    client = get_session()
-    before, client.timeout = client.timeout, PATIENCE
-    try:
-        yield
-    finally:
-        client.timeout = before
 
 
 @contextmanager
