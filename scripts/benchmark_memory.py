@@ -43,7 +43,8 @@ CASES: dict[str, list[str]] = {
     "dit, QLoRA": [*FROM_BASE, "blocks={type: all, adapter: {type: qlora}}"],
     "dit on latents": ["memory/dit", "pipeline.build.vae={vae}", "pipeline.build.model.config.in_channels=4",
                        "pipeline.build.model.config.out_channels=4", "data.max_images=64"],
-    "stickers": ["stickers/motion", "training.batch_size=16", "evaluation.metrics=[]", "data.max_images=200"],
+    "stickers": ["stickers/scratch-rdtf", "training.batch_size=16", "evaluation.metrics=[]",
+                 "evaluation.metrics_every=null", "data.max_images=200"],
 }  # fmt: skip
 """Recipe and overrides; {base} and {vae} are folders that are made first."""
 

@@ -46,9 +46,8 @@ class Heap:
             start = -(-(found + 16) // ALIGNED) * ALIGNED - 16
             if 0 < start - found < SMALLEST:
                 start += ALIGNED
-            for rest in ((start + size, found + SLACK - start), (found, start - found)):
-                if rest[1]:
-                    self.give(rest)
+            self._leave(start + size, found + SLACK - start)
+            self._leave(found, start - found)
         self.most = max(self.most, self.held)
         return start, size
 
@@ -71,6 +70,13 @@ class Heap:
             if self.extent - self.top >= self.trimmed_from:
                 self.extent = self.top
         else:
+            self._list(start, size)
+
+    def _leave(self, start: int, size: int) -> None:
+        """A rest too small to be joined at once: it waits in a list of its own until a neighbour is freed."""
+        if start + size == self.top:
+            self.top = start
+        elif size:
             self._list(start, size)
 
     def _place(self, size: int) -> int:
