@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 from entrecipes.blocks.schedule import guard_group_norms
@@ -51,6 +52,8 @@ from entrecipes.training.window import Window
 
 FACTS_IMAGES = 512
 """Images that the scale of the data is measured on."""
+LONGEST_WAIT = timedelta(hours=4)
+"""For the first process, which prepares and encodes what the others find; a process that dies ends all at once."""
 
 
 class Run:
@@ -80,9 +83,10 @@ class Run:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop divides, not a variable
             log_with=list(training.trackers) or None,
             project_dir=folder,
-            # candidates in turns train parts of what the wrapper is built over
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=getattr(recipe.blocks, "searches", False))
+                # candidates in turns train parts of what the wrapper is built over
+                DistributedDataParallelKwargs(find_unused_parameters=getattr(recipe.blocks, "searches", False)),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
             ],
         )
         self.device = self.accelerator.device
