@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     with launching.joined() as (state, shard):
         with state.main_process_first():
             components = subject.load_subject(args, recipe)
+            model = components.model.to(state.device)
+            selection, count = _selection(BlockStack(model), recipe, args.remove)
             data = open_data(recipe.data, components, state.device)
-        model = components.model.to(state.device)
-        selection, count = _selection(BlockStack(model), recipe, args.remove)
         scoring = Scoring.on_images(
             section, components, data, state.device, args.batch_size, model=args.pipeline, shard=shard
         )
