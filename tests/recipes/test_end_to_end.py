@@ -177,10 +177,13 @@ def test_a_users_mistakes_exit_with_2_and_one_message(tmp_path):
     assert done.returncode == 2 and "nowhere/images-1" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_sharded_launches_are_refused_by_name(tmp_path):
-    """Two CPU processes under the fsdp configuration would run as plain data parallel, and say nothing."""
-    done = entrecipes("run", write(tmp_path, tiny()), "--accelerate", "fsdp", "--dry-run")
-    assert done.returncode != 0 and "FSDP: the averaged model" in done.stderr, done.stderr
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed: it takes"), ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1: set")],
+)
+def test_engines_that_can_not_be_used_are_refused_by_name(tmp_path, engine, said):
+    done = entrecipes("run", write(tmp_path, tiny()), "--dry-run", env={**ENVIRONMENT, **engine})
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on(tmp_path):

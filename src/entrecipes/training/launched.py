@@ -10,6 +10,17 @@ from entrecipes.errors import UserError
 from entrecipes.recipe.training import Training
 
 
+def check_engine() -> None:
+    """Refuse engines that this trainer does not work with, before Accelerate looks for them. Raises UserError."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "DeepSpeed: it takes over the optimizer's steps, which exact checkpoints and block schedules need here; "
+            "launch with recipes/accelerate/fsdp.yaml (as ZeRO-3) or fsdp_zero2.yaml (as ZeRO-2)"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("FSDP 1: set fsdp_version: 2, as recipes/accelerate/fsdp.yaml does")
+
+
 def check_launch(training: Training, device: torch.device, world_size: int) -> None:
     """Refuse a launch that this trainer can't carry out, and a batch that can't be shared out.
 
@@ -21,13 +32,6 @@ def check_launch(training: Training, device: torch.device, world_size: int) -> N
     Raises:
         UserError: Naming what to launch or to set instead.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(
-            "DeepSpeed: it takes over the optimizer's steps, which exact checkpoints and block schedules need here; "
-            "launch with recipes/accelerate/fsdp.yaml (as ZeRO-3) or fsdp_zero2.yaml (as ZeRO-2)"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("FSDP 1: set fsdp_version: 2, as recipes/accelerate/fsdp.yaml does")
     if training.precision == "fp16" and device.type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; on a CPU take bf16, or no")
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 KERNELS = 0.06
 """GiB that a CPU process takes when it trains for the first time: code of libraries that is read in, compiled kernels,
-buffers of the matrix library. Measured (see recipes/memory/README.md)."""
+buffers of the matrix library. A round figure of the order seen on one machine."""
 CUBLAS = {True: 32 / 1024, False: 8.125 / 1024}
 """GiB of cuBLAS' workspace on CUDA, on Hopper and newer or before."""
 SETS = ("labels", "lengths", "motion", "text", "tensor", "mirrored")

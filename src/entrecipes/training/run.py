@@ -33,7 +33,7 @@ from entrecipes.samples.masks import EVERYTHING, Frames
 from entrecipes.training.checks import check_condition_is_learned, null_label
 from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
-from entrecipes.training.launched import check_launch
+from entrecipes.training.launched import check_engine, check_launch
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
 from entrecipes.training.sharding import (
@@ -74,6 +74,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder = recipe, folder
         training = recipe.training
+        check_engine()
         check_trackers(training.trackers)
         if training.cpu_threads:
             torch.set_num_threads(training.cpu_threads)
