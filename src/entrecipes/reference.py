@@ -105,14 +105,14 @@ def steadily(call: Callable[[], Result]) -> Result:
         try:
             return call()
         except OSError as error:
-            answers = [cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError)]
+            answers = [cause.response for cause in causes_of(error) if isinstance(cause, HfHubHTTPError)]
             if not answers or answers[0].status_code < 500:
                 raise
         time.sleep(pause)
     return call()
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def causes_of(error: BaseException) -> list[BaseException]:
     """The error, and what it came from, up to the first."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
@@ -133,7 +133,7 @@ def why_unreachable(error: BaseException, name: str, revision: str | None = None
         RevisionNotFoundError,
     )
 
-    what, causes = shown(name, revision), _causes(error)
+    what, causes = shown(name, revision), causes_of(error)
 
     def first(*kinds: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)

@@ -6,12 +6,12 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from entrecipes.cli.launching import launch
 from entrecipes.errors import UserError
 from entrecipes.recipe.load import LoadedRecipe, load
 
@@ -54,26 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _through_accelerate(args: argparse.Namespace) -> int:
     """Start `accelerate launch` on this same verb; the recipe is already known to be valid."""
-    from entrecipes.recipe.load import RECIPES
-
-    config = Path(args.accelerate)
-    if not config.exists():
-        config = RECIPES / "accelerate" / f"{args.accelerate}.yaml"
-    if not config.exists():
-        names = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
-        raise UserError(f"--accelerate {args.accelerate}: no such file; the configs that come with entrecipes: {names}")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "-m",
-        "entrecipes",
-        "run",
-    ]
-    command += [args.recipe, *args.overrides, *["--dry-run"] * args.dry_run, *["--json"] * args.json]
-    return subprocess.call([*command, *(["--timed", str(args.timed)] if args.timed else [])])
+    options = [*["--dry-run"] * args.dry_run, *["--json"] * args.json]
+    options += ["--timed", str(args.timed)] if args.timed else []
+    return launch(args.accelerate, ["run", args.recipe, *args.overrides, *options])
 
 
 def _train(loaded: LoadedRecipe, speaks: bool) -> int:

@@ -107,9 +107,7 @@ def data_card(dataset: datasets.Dataset, noted: dict[str, Any], repo_id: str, re
         repo_id, revision: Where it goes to.
     """
     kind = _kind(noted)
-    licence = next(
-        (id for name, id in LICENSES.items() if re.match(rf"{re.escape(name)}(?!\w)", noted["license"])), None
-    )
+    licence = _licence(noted["license"])
     about = DatasetCardData(
         license=licence or "other",
         license_name=None if licence else "see-below",

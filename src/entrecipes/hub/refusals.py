@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
 )
 
 from entrecipes.errors import UserError
+from entrecipes.reference import causes_of
 from entrecipes.tokens import without_tokens
 
 SETTINGS = "https://huggingface.co/settings/tokens"
@@ -36,10 +37,7 @@ class Refused(UserError):
 
 def why_refused(error: BaseException, repo_id: str) -> Refused | None:
     """What an error of the client means for its user; None when it is none of the Hub's."""
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
-        causes.append(cause)
-    for cause in causes:
+    for cause in causes_of(error):
         if isinstance(cause, HfHubHTTPError):
             problem, advice = _answer(cause)
         elif isinstance(cause, OfflineModeIsEnabled):
