@@ -110,14 +110,15 @@ class Making:
             held = filelock.FileLock(self.folder / f".{name}.lock").acquire(blocking=False)
         except filelock.Timeout:
             return False
-        except NotImplementedError:  # a file system without locks: at worst the same bits are written twice
+        except (NotImplementedError, OSError):  # a disk without locks: at worst the same bits are written twice
             held = contextlib.nullcontext()
         with held:  # the system gives the lock back when its process dies
             path = self.folder / name
             if not (facts := facts_of(path, thorough=self.thorough)):
                 if path.exists():
                     logger.warning("%s is damaged and made anew", path)
-                for left_over in self.folder.glob(f".writing-*-{name}"):
+                alone = not isinstance(held, contextlib.nullcontext)
+                for left_over in self.folder.glob(f".writing-*-{name}") if alone else ():
                     left_over.unlink(missing_ok=True)
                 self._write(path, *self._make(rows, progress), rows)
                 facts = facts_of(path)
