@@ -106,6 +106,7 @@ def test_a_sharded_run_resumes_as_if_it_had_never_stopped(runs: tuple[Path, Path
         ({"optimizer": {"type": "adamw8bit"}}, "knows no shards; take adamw"),
         ({"prune": {"type": "entpruner"}}, "take prune.type linear"),
         ({"prune": {"type": "one_shot", "score": "taylor"}}, "take loss_rise"),
+        ({"prune": {"type": "linear", "distill": {"weight": 0.5}}}, "set it to null"),
     ],
 )
 def test_what_can_not_be_sharded_is_refused(sections: dict, said: str) -> None:

@@ -66,8 +66,9 @@ def joined() -> Iterator[tuple[PartialState, Shard]]:
 
     from entrecipes.diffusion.pipelines import best_device
     from entrecipes.evaluation.generation import Shard
+    from entrecipes.training.launched import LONGEST_WAIT
 
-    state = PartialState(cpu=best_device().type == "cpu")
+    state = PartialState(cpu=best_device().type == "cpu", timeout=LONGEST_WAIT)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:
         raise UserError(

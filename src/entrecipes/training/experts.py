@@ -35,6 +35,7 @@ from entrecipes.training.dry_run import Estimate, dry_run
 from entrecipes.training.expert_costs import costs_of, expected
 from entrecipes.training.expert_search import ExpertSearch
 from entrecipes.training.launch import Interrupted, make_room, run_folder, run_recipe, stopping_at_signals
+from entrecipes.training.launched import LONGEST_WAIT
 from entrecipes.training.memory import Prediction
 from entrecipes.training.planning import said
 from entrecipes.training.publish import publish
@@ -106,7 +107,7 @@ class TdcRun:
     def __init__(self, loaded: LoadedRecipe, listener: Listener | None) -> None:
         self.loaded, self.recipe, self.listener = loaded, loaded.recipe, listener
         self.section, self.folder = loaded.recipe.experts, run_folder(loaded)
-        self.state = PartialState(cpu=best_device().type == "cpu")
+        self.state = PartialState(cpu=best_device().type == "cpu", timeout=LONGEST_WAIT)
         if self.recipe.training.cpu_threads:  # a search that goes on must round as the one that began in a run
             torch.set_num_threads(self.recipe.training.cpu_threads)
         self.stop_requested = False

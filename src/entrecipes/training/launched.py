@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 
 from entrecipes.errors import UserError
 from entrecipes.recipe.training import Training
+
+LONGEST_WAIT = timedelta(hours=4)
+"""For the first process, which prepares and encodes what the others find; a process that dies ends all at once."""
 
 
 def check_engine() -> None:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from entrecipes.errors import UserError
@@ -87,6 +88,7 @@ def resume(run: Run) -> Path | None:
         found = checkpoint.newest(run.folder / "checkpoints")
     else:
         found = Path(choice), checkpoint.load(Path(choice))
+    check_all_see(run, found[1]["run"]["images"] if found else -1)
     if found is None:
         return None
     path, state = found
@@ -98,6 +100,17 @@ def resume(run: Run) -> Path | None:
         checkpoint.set_aside(run.folder / "checkpoints", beyond=run.images)
     run.log.rewind(run.images)
     return path
+
+
+def check_all_see(run: Run, images: int) -> None:
+    """Raises UserError in all processes where their newest checkpoints (-1: none) are not of the same image."""
+    seen = run.accelerator.gather(torch.tensor([images], device=run.device)).tolist()
+    if len(set(seen)) > 1:
+        known = ", ".join("none" if one < 0 else f"image {one}" for one in sorted(set(seen)))
+        raise UserError(
+            f"{run.folder}: the processes find different checkpoints there ({known}); set training.output to a disk "
+            "that all machines see"
+        )
 
 
 def _load(run: Run, path: Path, state: dict[str, Any]) -> None:

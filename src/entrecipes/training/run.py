@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from entrecipes.diffusion.denoiser import Denoiser
 from entrecipes.diffusion.family import Condition
 from entrecipes.diffusion.objective import Objective
 from entrecipes.diffusion.pipelines import Components, best_device, load_components
+from entrecipes.diffusion.visiting import visiting
 from entrecipes.errors import UserError
 from entrecipes.evaluation.evaluator import Evaluator
 from entrecipes.evaluation.generation import Shard
@@ -33,7 +33,7 @@ from entrecipes.samples.masks import EVERYTHING, Frames
 from entrecipes.training.checks import check_condition_is_learned, null_label
 from entrecipes.training.costs import StepCosts
 from entrecipes.training.ema import EmaModel
-from entrecipes.training.launched import check_engine, check_launch
+from entrecipes.training.launched import LONGEST_WAIT, check_engine, check_launch
 from entrecipes.training.optimizer import build_optimizer
 from entrecipes.training.randomness import StepRandom
 from entrecipes.training.sharding import (
@@ -52,8 +52,6 @@ from entrecipes.training.window import Window
 
 FACTS_IMAGES = 512
 """Images that the scale of the data is measured on."""
-LONGEST_WAIT = timedelta(hours=4)
-"""For the first process, which prepares and encodes what the others find; a process that dies ends all at once."""
 
 
 class Run:
@@ -118,7 +116,8 @@ class Run:
         self.optimizer: Any = None
         self.log = RunLog(folder, self.accelerator, listener)
         self.evaluator = Evaluator(recipe.evaluation, self.components, self.data, self.device, Shard.here())
-        self.evaluator.check((self.ema or self).model, self.accelerator.main_process_first)
+        with visiting(self.device, tried := (self.ema or self).model):  # one that is to be sharded waits on the CPU
+            self.evaluator.check(tried, self.accelerator.main_process_first)
         self.noise = build("noise", recipe.noise, path=self.components.path, device=self.device, facts=self._facts())
         kind = "latents" if self.space.latent else self.components.family.kind
         frames = getattr(recipe.data, "frames", None) if self.components.family.kind == "stickers" else None
@@ -165,7 +164,7 @@ class Run:
         if self.sharded:
             reshard(self.model)
             prepare_to_shard(self.accelerator, self.model)
-        elif not self.sharded and self.optimizer is not None:  # undo accelerate's wrapping, autocast included
+        elif self.optimizer is not None:  # undo accelerate's wrapping, autocast included
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
         self.accelerator._models.clear()

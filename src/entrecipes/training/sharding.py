@@ -71,6 +71,8 @@ def check_sharded(recipe: Recipe) -> None:
         raise UserError("FSDP: quantised closed blocks are not sharded; set blocks.closed.quantise=null, or take ddp")
     if recipe.prune.type == "entpruner":
         raise UserError("FSDP: entpruner's vote needs gradients of whole weights; take prune.type linear, or ddp")
+    if getattr(recipe.prune, "distill", None):
+        raise UserError("FSDP: prune.distill needs a teacher beside the shards; set it to null, or launch with ddp")
     if "taylor" in (getattr(recipe.prune, "score", ""), getattr(recipe.blocks, "score", "")):
         raise UserError("FSDP: the score taylor needs gradients of whole weights; take loss_rise, or launch with ddp")
     if recipe.experts.type == "tdc":
