@@ -104,7 +104,8 @@ def predict(recipe: Recipe, world_size: int = 1, process: float | None = None) -
         with rehearsing(device, *on_cpu) as ledger:
             rows = recipe.training.batch_size // world_size
             sets = [(rehearse(step, ledger), name) for name, step in steps(recipe, rows, ledger)]
-            frozen = frozen_bytes(skeleton(recipe.pipeline))
+            # elsewhere the VAE has left the device by then (`diffusion.visiting`)
+            frozen = frozen_bytes(skeleton(recipe.pipeline)) if device.type == "cpu" else 0
     except (RuntimeError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"its memory can't be predicted ({why}); the measured one is what the steps take") from error
