@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -96,8 +97,9 @@ class Chromium:
     def _read(self) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE
         while b"\0" not in self._buffer:
-            read = os.read(self._in, 2**16)
-            assert read and time.monotonic() < deadline, "Chromium went away or says nothing"
+            ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
+            read = ready and os.read(self._in, 2**16)
+            assert read, "Chromium went away or says nothing"
             self._buffer += read
         line, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(line)
