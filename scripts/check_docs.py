@@ -13,6 +13,7 @@ a run that is there, is carried out.
 import argparse
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -21,13 +22,16 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/recipes")]
-FOLDER = tempfile.TemporaryDirectory(prefix="check-docs-")
-"""Everything is written there, caches as well."""
-os.environ["ENTRECIPES_HOME"] = os.environ["HF_HOME"] = f"{FOLDER.name}/home"
+if __name__ == "__main__":  # and not in its children, which inherit the environment
+    FOLDER = tempfile.TemporaryDirectory(prefix="check-docs-")
+    """Everything is written there, caches as well."""
+    os.environ["ENTRECIPES_HOME"] = os.environ["HF_HOME"] = f"{FOLDER.name}/home"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,6 +39,8 @@ from doc_blocks import Block, blocks, header, pages, recipes  # noqa: E402
 from doc_commands import PEOPLE, check_block  # noqa: E402
 from doc_folder import make_prepared  # noqa: E402
 from test_recipes import stand_ins  # noqa: E402
+
+FRESH = multiprocessing.get_context("spawn")
 
 
 def main() -> int:
@@ -47,15 +53,11 @@ def main() -> int:
     began, totals, failed = time.monotonic(), Counter(), 0
     with FOLDER as folder:
         prepared = Path(folder) / "prepared"
-        PEOPLE.append(Path(folder) / "people")
-        maker = multiprocessing.get_context("fork").Process(target=_prepare, args=(prepared,))
-        maker.start()  # not here: a process that has trained must not be forked
-        maker.join()
-        if maker.exitcode:
-            return maker.exitcode
-        for path in chosen:
-            found = [header(path)] if path.suffix == ".yaml" else blocks(path)
-            for place, how, note in _in_child(found, prepared, Path(folder)):
+        if code := _exit_code(_prepare, prepared):
+            return code
+        headers = [header(path) for path in chosen if path.suffix == ".yaml"]
+        for found in [*(blocks(path) for path in chosen if path.suffix != ".yaml"), headers]:
+            for place, how, note in _in_child(found, prepared, Path(folder)) if found else ():
                 totals[how] += 1
                 failed += how == "FAILED"
                 if args.verbose or how not in ("executed", "output"):
@@ -64,30 +66,34 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def _exit_code(work: Callable[..., None], *arguments: Any) -> int:
+    """Of a process of its own: started afresh, since a forked one inherits what threads have left of the heap."""
+    child = FRESH.Process(target=work, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
 def _prepare(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         make_prepared(folder)
-        PEOPLE[0].mkdir()
-        stand_ins(PEOPLE[0])
+        people = folder.with_name("people")
+        people.mkdir()
+        stand_ins(people)
 
 
 def _in_child(found: list[Block], prepared: Path, folder: Path) -> list[tuple[str, str, str]]:
     """The rows of one page, from a process of its own: plugins that it registers end with it."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    child = fork.Process(target=_page, args=(found, prepared, folder, theirs))
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        child.join()
-        return [(found[0].place, "FAILED", f"the process died with exit code {child.exitcode}")]
-    finally:
-        child.join()
+    said = folder / "rows.json"
+    said.unlink(missing_ok=True)
+    code = _exit_code(_page, found, prepared, folder, said)
+    if said.exists():
+        return json.loads(said.read_text())
+    return [(found[0].place, "FAILED", f"the process died with exit code {code}")]
 
 
-def _page(found: list[Block], prepared: Path, folder: Path, pipe) -> None:
+def _page(found: list[Block], prepared: Path, folder: Path, output: Path) -> None:
+    PEOPLE.append(folder / "people")
     work = Path(tempfile.mkdtemp(dir=folder))
     shutil.copytree(prepared, work, dirs_exist_ok=True, symlinks=True)
     rows, names = [], {"__name__": "page"}
@@ -102,8 +108,7 @@ def _page(found: list[Block], prepared: Path, folder: Path, pipe) -> None:
             tail = "\n".join(said.getvalue().splitlines()[-8:])
             where = traceback.format_exc(limit=-3)
             rows.append((block.place, "FAILED", f"{type(error).__name__}: {error}\n{where}\n{tail}"))
-    pipe.send(rows)
-    pipe.close()
+    output.write_text(json.dumps(rows))
     shutil.rmtree(work, ignore_errors=True)
 
 
