@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from tiny import DIT, EDM, FLOW, UNET
 
 from entrecipes.diffusion.denoiser import Denoiser
@@ -96,3 +96,13 @@ def test_a_learned_variance_is_left_out():
 def test_a_pipeline_that_cannot_be_had(source):
     with pytest.raises(UserError, match=source):
         load_pipeline(source)
+
+
+def test_a_scheduler_that_cuts_latents_is_told(tmp_path, caplog):
+    AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(4,)).save_pretrained(tmp_path)
+    latents = {**DIT, "config": {**DIT["config"], "in_channels": 4, "out_channels": 4}}
+    build = {"model": latents, "scheduler": VP, "vae": str(tmp_path)}
+    load_components(Pipeline.model_validate({"build": build}))
+    assert "clip_sample" not in caplog.text
+    load_components(Pipeline.model_validate({"build": build | {"scheduler": {"class": "DDIMScheduler"}}}))
+    assert "clip_sample cuts latents at 1" in caplog.text

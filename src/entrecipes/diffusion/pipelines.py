@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from entrecipes.errors import UserError, nearest
 from entrecipes.quiet import quieten_loading
 from entrecipes.recipe.pipeline import Component, Pipeline
 from entrecipes.reference import is_local, reaching, shown, split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -132,6 +135,8 @@ def load_components(section: Pipeline, seed: int = 0, to_sample: bool = True) ->
     family.prepare_for_training(model, from_scratch=section.pretrained is None)
     if vae is not None:
         vae = None if isinstance(vae, AutoencoderKL) and is_pixel_vae(vae) else vae.requires_grad_(False).eval()
+    if vae is not None and to_sample and scheduler.config.get("clip_sample"):
+        logger.warning("the scheduler's clip_sample cuts latents at 1 when it samples; set it to false in its config")
     return Components(model, scheduler, vae, vae_id, family, GaussianPath.from_scheduler(scheduler), text)
 
 
