@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
+
 from entrecipes.recipe.load import load
 from entrecipes.training.launch import run_recipe
 
@@ -12,6 +14,7 @@ from entrecipes.training.launch import run_recipe
 def main(folder: Path, names: list[str]) -> None:
     for name in names:
         run_recipe(load(folder / f"{name}.yaml", [f"training.output={folder / name.split('-')[0]}"]), last=False)
+        AcceleratorState._reset_state()  # its precision is that of the last recipe
 
 
 if __name__ == "__main__":

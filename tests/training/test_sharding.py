@@ -32,6 +32,7 @@ STAGES = [
 RECIPES = {
     "noise": tiny(STILL, noise=LEARNED, training={"clip_grad_norm": 1.0, "micro_batch_size": 4}),
     "stages": tiny(DEEP, FLOW, blocks={"type": "staged", "stages": STAGES}, training={"ema": None}),
+    "lowered": tiny(STILL, training={"precision": "bf16"}),
     "pruned": tiny(DEEP, FLOW, prune={"type": "linear", "ratio": 0.5, "draws": {"images": 8, "noise_levels": 4}}),
 }
 
@@ -59,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (places[1] / "again.yaml").write_text(yaml.safe_dump(RECIPES["stages"]))
     main(places[0], list(RECIPES))
     config = ROOT / "recipes" / "accelerate" / "fsdp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     command = [*launch, Path(__file__).with_name("sharded_runs.py"), places[1], *RECIPES, "again-first", "again"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
@@ -73,11 +74,12 @@ def test_sharded_runs_learn_and_decide_as_one_process_does(runs: tuple[Path, Pat
     assert rows(two, "start")[0]["world_size"] == 2
     for kind, value in (("train", "loss"), ("train", "x0_error"), ("held_out", "nats")):
         expected, found = ([row[value] for row in rows(folder, kind)] for folder in (one, two))
-        assert found == pytest.approx(expected, rel=1e-5), value
+        # bf16 rounds halves of a batch in another way than the whole
+        assert found == pytest.approx(expected, rel=1e-3 if name == "lowered" else 1e-5), value
     assert [(row["images"], row["what"]) for row in rows(two, "event")] == [
         (row["images"], row["what"]) for row in rows(one, "event")
     ]
-    if name != "noise":
+    if name not in ("noise", "lowered"):
         assert rows(two, "event")
 
 
@@ -89,7 +91,9 @@ def test_what_sharded_runs_publish_is_whole(runs: tuple[Path, Path], name: str) 
     assert type(models[0]) is type(models[1]) and configs[0] == configs[1]
     expected, found = (model.state_dict() for model in models)
     assert all(type(value) is torch.Tensor for value in found.values())
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    if name == "lowered":  # the gradient of a key's bias is nothing but rounding
+        expected, found = ({key: v for key, v in one.items() if "to_k.bias" not in key} for one in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3 if name == "lowered" else 1e-4)
 
 
 def test_a_sharded_run_resumes_as_if_it_had_never_stopped(runs: tuple[Path, Path]) -> None:

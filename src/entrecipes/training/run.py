@@ -42,6 +42,7 @@ from entrecipes.training.sharding import (
     asked_for,
     check_sharded,
     keep_names,
+    lower_products,
     prepare_to_shard,
     reshard,
     whole,
@@ -176,6 +177,7 @@ class Run:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.sharded:
             keep_names(self.model)
+            lower_products(self.accelerator, self.model)
         self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         if self.recipe.training.compile and previous is None:
             self.model.compile()

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -44,6 +44,21 @@ def prepare_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
     # A DiT's head calls the embedder of block 0, whose weights are gone by then unless it is a unit of its own.
     names |= {"CombinedTimestepLabelEmbeddings"} & {type(module).__name__ for module in model.modules()}
     state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
+    # Accelerate's would also round what goes in, timesteps among it, and the gradients' sums; see `lower_products`
+    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def lower_products(accelerator: Accelerator, model: nn.Module) -> None:
+    """Compute as wrapped models do under the run's precision (autocast, a float32 result), once for each model."""
+    if accelerator.mixed_precision == "no" or "forward" in vars(model):
+        return
+    forward = model.forward
+
+    def lowered(*args: Any, **options: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **options)
+
+    model.forward = convert_outputs_to_fp32(lowered)
 
 
 def reshard(model: nn.Module) -> None:
