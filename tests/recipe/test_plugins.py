@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMPipeline
 from doc_blocks import ROOT, blocks
+from tiny import tiny
 
 from entrecipes.diffusion.families import FAMILIES
 from entrecipes.diffusion.pipelines import load_components
@@ -129,3 +131,21 @@ def test_mistakes_stand_at_their_line(name, code, said, tmp_path, monkeypatch) -
     with pytest.raises(RecipeError) as wrong:
         load("mine.yaml")
     assert str(wrong.value).startswith("mine.yaml:3: plugins: ") and said in str(wrong.value)
+
+
+@pytest.mark.parametrize("place", ["pulled", "models--me--net/snapshots/1"])
+def test_no_code_is_imported_because_a_recipe_of_the_hub_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / "pulled.json").write_text("{}") if place == "pulled" else None
+    (tmp_path / "theirs.py").write_text("raise SystemExit('imported')")
+    text = yaml.safe_dump({"plugins": ["theirs"], **tiny()})
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="came from the Hub, so that 'theirs' is not imported"):
+        load(folder / "recipe.yaml")
+    (tmp_path / "copy.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="imported"):
+        load(tmp_path / "copy.yaml")

@@ -80,7 +80,7 @@ def _module(verb: str) -> ModuleType:
 
 
 def _parse(module: ModuleType, verb: str, rest: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"entrecipes {verb}", description=module.HELP)
+    parser = argparse.ArgumentParser(prog=f"entrecipes {verb}", description=module.HELP, allow_abbrev=False)
     module.add_arguments(parser)
     known = argparse.Namespace(words=rest)
     try:

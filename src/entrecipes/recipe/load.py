@@ -14,7 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from entrecipes.errors import UserError, nearest
 from entrecipes.recipe.explain import explain
 from entrecipes.recipe.idle import idle_keys
-from entrecipes.recipe.plugins import admit_registered, import_plugin
+from entrecipes.recipe.plugins import admit_registered, import_plugin, refuse_foreign
 from entrecipes.recipe.schema import Recipe
 from entrecipes.recipe.tree import (
     Node,
@@ -137,6 +137,7 @@ def _plug_in(root: Node) -> Iterator[Problem]:
     for item in names if isinstance(names, list) else ():
         try:
             if isinstance(item.value, str):
+                refuse_foreign(item.value, item.place.source)
                 import_plugin(item.value)
         except UserError as error:
             yield Problem(item.place, "plugins", str(error))

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from entrecipes.errors import UserError
@@ -21,6 +22,24 @@ from entrecipes.recipe.base import REGISTRY, Section
 from entrecipes.recipe.evaluation import METRICS, Evaluation
 from entrecipes.recipe.pipeline import KIND_OF_MODEL, Model
 from entrecipes.recipe.schema import Recipe
+
+
+def refuse_foreign(name: str, recipe: str) -> None:
+    """Import no code because somebody else's recipe, which came from the Hub, says so.
+
+    Args:
+        name: The module.
+        recipe: The file that names it.
+
+    Raises:
+        UserError: When the file lies in the Hub's cache or in a folder that was pulled.
+    """
+    folder = Path(recipe).parent
+    if (folder / "pulled.json").exists() or any(part.startswith("models--") for part in folder.parts):
+        raise UserError(
+            f"the recipe came from the Hub, so that '{name}' is not imported; read both, copy the recipe, and give the "
+            "copy (evaluate, diagnose and score: --recipe)"
+        )
 
 
 def import_plugin(name: str) -> None:

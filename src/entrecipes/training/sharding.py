@@ -1,8 +1,9 @@
 """Weights, gradients and optimizer state shared out over the processes (FSDP2, by Accelerate), and made whole again.
 
 Evaluation, checkpoints and publishing work on whole weights: on a copy in the host's memory that is brought up to date
-only when they are due. So a sharded run samples, resumes and publishes as any other does; what it needs beyond its
-shards is that the whole model fits once beside them while it is measured.
+only when they are due. So a sharded run samples, resumes and publishes as any other does. What it needs beyond its
+shards: room for the whole model on the device while it is measured, and in the host's memory, for each process, 8 bytes
+a weight (the model's copy and the average's), and 16 more while a checkpoint is made.
 """
 
 from __future__ import annotations
@@ -116,17 +117,24 @@ def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
     return distribute_tensor(placed, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def settle_moments(optimizer: Optimizer) -> None:
-    """Lay out loaded moments as their weights are: sharded like them, with their strides, on which fused kernels rely
-    and which checkpoints don't keep."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if not torch.is_tensor(value) or value.shape != parameter.shape:
-                continue
-            value = shard_like(value, parameter) if isinstance(parameter, DTensor) else value
-            if value.stride() != parameter.stride():
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            state[name] = value
+def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's whole state, each moment laid out as its weight is: sharded like it, one at a time, with its
+    strides, on which fused kernels rely and which checkpoints don't keep."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    laid_out = {
+        index: {name: _as_laid_out(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": laid_out})
+
+
+def _as_laid_out(value: Any, parameter: Tensor) -> Any:
+    if not torch.is_tensor(value) or value.shape != parameter.shape:
+        return value
+    value = shard_like(value, parameter)
+    return (
+        value if value.stride() == parameter.stride() else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    )
 
 
 class WholeCopy:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from entrecipes.training.sharding import settle_moments, whole
+from entrecipes.training.sharding import load_moments, whole
 
 if TYPE_CHECKING:
     from entrecipes.training.run import Run
@@ -54,8 +54,7 @@ def load_weights(run: Run, state: dict[str, Any]) -> None:
             run.adapter.load_state_dict(run.ema.model, state["ema"] or state["model"])
     for follower in filter(None, (run.ema, run.copy)):
         follower.share_out()
-    run.optimizer.optimizer.load_state_dict(state["optimizer"])
-    settle_moments(run.optimizer.optimizer)
+    load_moments(run.optimizer.optimizer, state["optimizer"])
 
 
 def snapshot(run: Run) -> dict[str, Any]:
