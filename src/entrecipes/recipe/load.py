@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,8 +206,12 @@ def display(path: Path) -> str:
 
 
 def _name(path: Path) -> str:
-    origins = {packaged_path.resolve(): name for name, packaged_path in packaged().items()}
-    return origins.get(path.resolve(), path.stem)
+    return _origins().get(path.resolve(), path.stem)
+
+
+@functools.cache  # `ls` loads them all
+def _origins() -> dict[Path, str]:
+    return {path.resolve(): name for name, path in packaged().items()}
 
 
 def _read(path: Path, children: tuple[Path, ...], problems: list[Problem]) -> Node | None:
