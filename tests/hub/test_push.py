@@ -206,3 +206,9 @@ def test_a_recipe_with_a_token_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert main(["show", str(path), f"license={TOKEN}"]) == 2
     said = capsys.readouterr()
     assert said.err.count("access token") == 2 and "hf auth login" in said.err and TOKEN not in said.err + said.out
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(run: Path, hub: Hub, capsys) -> None:
+    hub.add("me/tiny", {"README.md": b"theirs"})
+    assert main(["push", str(run), "--repo-id", "me/tiny", "--private"]) == 2
+    assert "is there already, and public" in capsys.readouterr().err and len(titles(hub)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from entrecipes.data.loader import Batch
 from entrecipes.errors import UserError
 from entrecipes.samples.masks import EVERYTHING
 from entrecipes.training import checkpoint
+from entrecipes.training.launch import check_free, hold
 from entrecipes.training.loop import step, train
 from entrecipes.training.resume import resume
 from entrecipes.training.run import Run
@@ -261,3 +263,11 @@ def test_what_would_only_fail_at_the_end_fails_at_the_start(model, scheduler, se
     recipe = tiny_recipe({**UNET, "config": {**UNET["config"], **model}}, scheduler, **sections)
     with pytest.raises(UserError, match=message):
         Run(recipe, None)
+
+
+def test_a_folder_that_is_trained_into_is_left_alone(tmp_path: Path) -> None:
+    lock = hold(tmp_path)
+    with pytest.raises(UserError, match="another process is still training into it"):
+        check_free(tmp_path)
+    lock.close()
+    check_free(tmp_path)

@@ -24,16 +24,17 @@ ROOT = Path(__file__).parents[2]
 STILL = {**UNET, "config": {**UNET["config"], "dropout": 0.0}}
 DEEP = {**DIT, "config": {**DIT["config"], "num_layers": 4}}
 LEARNED = {"type": "infonoise", "warmup": 48, "ramp": 48, "refresh_every": 32, "buffer": 100}
-STAGES = [
-    {"from_images": 0, "train": ["transformer_blocks.[23].*"]},
-    {"from_images": 64, "train": ["transformer_blocks.0.*", "proj_out*"]},
+STAGES = [  # conv_out has one row: a process without a share of it
+    {"from_images": 0, "train": ["up_blocks.*", "conv_out.*"]},
+    {"from_images": 64, "train": ["mid_block.*", "conv_norm_out.*", "conv_out.bias"]},
     {"from_images": 112, "train": ["*"]},
 ]
+LINEAR = {"type": "linear", "ratio": 0.5, "draws": {"images": 8, "noise_levels": 4}}
 RECIPES = {
     "noise": tiny(STILL, noise=LEARNED, training={"clip_grad_norm": 1.0, "micro_batch_size": 4}),
-    "stages": tiny(DEEP, FLOW, blocks={"type": "staged", "stages": STAGES}, training={"ema": None}),
+    "stages": tiny(STILL, blocks={"type": "staged", "stages": STAGES}),
     "lowered": tiny(STILL, training={"precision": "bf16"}),
-    "pruned": tiny(DEEP, FLOW, prune={"type": "linear", "ratio": 0.5, "draws": {"images": 8, "noise_levels": 4}}),
+    "pruned": tiny(DEEP, FLOW, prune=LINEAR, training={"ema": None}),
 }
 
 

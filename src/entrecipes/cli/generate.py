@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from entrecipes.cli import clips, stickers
 from entrecipes.errors import UserError
+from entrecipes.recipe.load import import_plugins
 from entrecipes.reference import HELP as PIPELINE
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
             f"--output {args.output}: name it .png (a grid or film strips) or, for clips, .gif or .mp4 (stickers: also "
             ".webp or .apng)"
         )
+    if (recipe := Path(args.pipeline) / "recipe.yaml").is_file():
+        import_plugins(recipe)
     pipeline = load_pipeline(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     place(pipeline, best_device(), args)

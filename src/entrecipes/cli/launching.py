@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,13 @@ def launch(config: str, words: Sequence[str]) -> int:
         names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise UserError(f"--accelerate {config}: no such file; the configs that come with entrecipes: {names}")
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m", "entrecipes"]
-    return subprocess.call([*start, *words])
+    with subprocess.Popen([*start, *words]) as launcher:
+        # Ctrl-C reaches the launcher from the terminal itself; what asks this process alone to end is passed on
+        before = signal.signal(signal.SIGTERM, lambda number, frame: launcher.send_signal(number))
+        try:
+            return launcher.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

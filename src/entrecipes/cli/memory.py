@@ -69,6 +69,8 @@ def as_json(predicted: Prediction | None, found: list[Saving]) -> dict[str, Any]
 
 def lines(predicted: Prediction, found: list[Saving], measured: dict[str, float] | None = None) -> list[str]:
     """The table in GiB (a component's own most, and what of it is there when most is held), and the switches."""
+    from entrecipes.training.savings import WORTH_GIB, WORTH_SHARE
+
     at_peak = {name: getattr(predicted, f"{name}_at_peak", getattr(predicted, name, 0)) for name in NAMES}
     header = ["", "most", "at peak", *(["measured"] if measured else [])]
     rows = [header]
@@ -84,4 +86,6 @@ def lines(predicted: Prediction, found: list[Saving], measured: dict[str, float]
     where = "this process" if predicted.device == "cpu" else "torch on the device"
     said = [f"memory       GiB of {where}, predicted for a step {predicted.trained}", *table]
     said += [f"saves        {one.gib:.2f} GiB  {shlex.quote(one.switch)}  ({one.price})" for one in found]
+    if not found:
+        said.append(f"saves        no switch left would save {WORTH_GIB} GiB and {WORTH_SHARE:.0%} of the peak")
     return said

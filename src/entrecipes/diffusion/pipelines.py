@@ -25,6 +25,7 @@ from entrecipes.diffusion.pixel_vae import is_pixel_vae
 from entrecipes.diffusion.visiting import visiting
 from entrecipes.errors import UserError, nearest
 from entrecipes.quiet import quieten_loading
+from entrecipes.recipe.load import packaged
 from entrecipes.recipe.pipeline import Component, Pipeline
 from entrecipes.reference import is_local, reaching, shown, split
 
@@ -207,7 +208,9 @@ def _told(cls: type, source: str, revision: str | None) -> Iterator[None]:
     local = is_local(source)
     if local and not Path(source).is_dir():
         name = source.removeprefix("outputs/")
-        first = f"run `entrecipes run {name}` first, or " if name != source else ""
+        first = f"run `entrecipes run {name}` first, or " if name in packaged() else ""
+        if name != source and not first:
+            first = "the recipe's header says what makes it; or "
         raise UserError(
             f"{source}: no such folder; {first}give a folder with a saved {cls.__name__}, or a Hub id (owner/name)"
         )

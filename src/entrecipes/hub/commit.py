@@ -75,6 +75,11 @@ def commit_files(
             raise Refused(f"{repo_id}: there is no access token", "`hf auth login` (or set HF_TOKEN), then")
         api = HfApi(library_name="entrecipes")
         url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
+            raise Refused(
+                f"{repo_id}: is there already, and public",
+                "make it private in its settings, or leave --private out, then",
+            )
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
         commit, changed = _settled(lambda: _commit(api, parts, repo_id, message, kind, revision))

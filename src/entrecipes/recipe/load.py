@@ -132,6 +132,13 @@ def _checked(root: Node, problems: list[Problem]) -> Recipe:
     return recipe
 
 
+def import_plugins(path: Path) -> None:
+    """Import the plugins that a run's recipe names, so that its classes are found. Raises [`RecipeError`]."""
+    root = _read(path, (), [])
+    if root is not None and (problems := list(_plug_in(root))):
+        raise RecipeError(problems)
+
+
 def _plug_in(root: Node) -> Iterator[Problem]:
     """Import the modules under `plugins`; anything else than a list of words is left for the check of the recipe."""
     names = root.value.get("plugins", Node((), root.place)).value

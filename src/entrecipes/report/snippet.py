@@ -55,6 +55,7 @@ def snippet(run: dict[str, Any], folder_or_repo: str | Path, revision: str | Non
         imports = sorted([f"from {library} import {loader}", "from diffusers.utils import make_image_grid"])
         if pipeline.get("own_model") and not routes(run):
             imports.append("import entrecipes  # the model's class")
+        imports += [f"import {name}  # its classes" for name in run.get("plugins", ())]
         resize = ", resize=64" if pipeline["sample_size"] < 64 else ""
         result = "images"
         last = f'make_image_grid(images, rows=1, cols={count}{resize}).save("samples.png")'

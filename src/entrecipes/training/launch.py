@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from torch.distributed import DistError
 
@@ -22,6 +24,9 @@ from entrecipes.training.run import Run
 from entrecipes.training.tracking import Listener
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".training"
+"""Held while a run is trained into the folder."""
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 """What torch says when a process that it waits for is gone."""
@@ -53,12 +58,15 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
     """
     recipe, folder = loaded.recipe, run_folder(loaded)
     run = Run(recipe, folder, listener)
+    if run.accelerator.is_main_process:
+        check_free(folder)
     resumed = resume(run)
     if run.accelerator.is_main_process:
         try:
             if resumed is None:
                 make_room(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            run.lock = hold(folder)
             (folder / "recipe.yaml").write_text(loaded.resolved_yaml())
             (folder / "recipe.source.yaml").write_text(loaded.text)
         except OSError as error:
@@ -82,6 +90,32 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
         for tracker in run.accelerator.trackers:
             tracker.finish()
     return folder
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """A lock on a run folder, which ends with this process; None where another process has it."""
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a disk without locks
+        pass
+    return file
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError where another process trains into the folder."""
+    if not (folder / LOCK).exists():
+        return
+    lock = hold(folder)
+    if lock is None:
+        raise UserError(
+            f"{folder}: another process is still training into it (perhaps what is left of a launch that was killed: "
+            "`pgrep -f entrecipes` finds it); wait for it or stop it, or set training.output"
+        )
+    lock.close()
 
 
 def make_room(folder: Path) -> None:

@@ -117,6 +117,7 @@ def facts(run: Run, name: str, peak_gib: float) -> dict[str, Any]:
         "name": name,
         "description": recipe.description,
         "license": recipe.license,
+        "plugins": list(recipe.plugins),
         "images": run.images,
         "batch_size": recipe.training.batch_size,
         "seed": recipe.training.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ from entrecipes.training.sharding import (
     WholeCopy,
     asked_for,
     check_sharded,
-    keep_names,
-    lower_products,
-    prepare_to_shard,
+    prepare_sharded,
     reshard,
     whole,
 )
@@ -164,20 +163,17 @@ class Run:
         """(Re)build what depends on the trained set: the optimizer and the distributed wrapper."""
         if self.sharded:
             reshard(self.model)
-            prepare_to_shard(self.accelerator, self.model)
         elif self.optimizer is not None:  # undo accelerate's wrapping, autocast included
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
-        self.accelerator._models.clear()
-        self.accelerator._optimizers.clear()
+            self.accelerator._models.clear()
+            self.accelerator._optimizers.clear()
         if self.device.type == "cpu" and not all(p.requires_grad for p in self.model.parameters()):
             guard_group_norms(self.model)
         previous = getattr(self.optimizer, "optimizer", None)
         optimizer = build_optimizer(self.recipe.optimizer, self.model, previous)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        if self.sharded:
-            keep_names(self.model)
-            lower_products(self.accelerator, self.model)
+        prepare = partial(prepare_sharded, self.accelerator) if self.sharded else self.accelerator.prepare
+        self.wrapped, self.optimizer = prepare(self.model, optimizer)
         self.trainable = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         if self.recipe.training.compile and previous is None:
             self.model.compile()

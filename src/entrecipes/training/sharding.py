@@ -32,8 +32,23 @@ def asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def prepare_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
-    """Shard every block of the model on its own: the modules in its lists, such as `transformer_blocks`, `up_blocks`.
+def prepare_sharded(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """Accelerate's `prepare` of both; of a model that is sharded already, of the optimizer over its shards alone.
+
+    Again for both, Accelerate would tell weights by their addresses, and a process' empty shards have none.
+    """
+    if isinstance(model, FSDPModule):
+        accelerator._optimizers.clear()
+        return model, accelerator.prepare_optimizer(optimizer)
+    _shard_by_blocks(accelerator, model)
+    prepared = accelerator.prepare(model, optimizer)
+    _keep_names(model)
+    _lower_products(accelerator, model)
+    return prepared
+
+
+def _shard_by_blocks(accelerator: Accelerator, model: nn.Module) -> None:
+    """Every block of the model is sharded on its own: the modules in its lists, such as `transformer_blocks`.
 
     Accelerate turns FSDP on for accelerators alone; torch shards over CPUs, too, and so do we.
     """
@@ -45,11 +60,11 @@ def prepare_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
     # A DiT's head calls the embedder of block 0, whose weights are gone by then unless it is a unit of its own.
     names |= {"CombinedTimestepLabelEmbeddings"} & {type(module).__name__ for module in model.modules()}
     state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
-    # Accelerate's would also round what goes in, timesteps among it, and the gradients' sums; see `lower_products`
+    # Accelerate's would also round what goes in, timesteps among it, and the gradients' sums; see `_lower_products`
     state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
-def lower_products(accelerator: Accelerator, model: nn.Module) -> None:
+def _lower_products(accelerator: Accelerator, model: nn.Module) -> None:
     """Compute as wrapped models do under the run's precision (autocast, a float32 result), once for each model."""
     if accelerator.mixed_precision == "no" or "forward" in vars(model):
         return
@@ -69,7 +84,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def keep_names(model: nn.Module) -> None:
+def _keep_names(model: nn.Module) -> None:
     """Call the classes that sharding has made of the model's as those: configs, layouts and messages go by the name."""
     for kind in {type(module) for module in model.modules() if isinstance(module, FSDPModule)}:
         own = next(base for base in kind.__mro__[1:] if base is not FSDPModule)
