@@ -58,30 +58,13 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
     """
     recipe, folder = loaded.recipe, run_folder(loaded)
     run = Run(recipe, folder, listener)
-    if run.accelerator.is_main_process:
-        check_free(folder)
-    resumed = resume(run)
-    if run.accelerator.is_main_process:
-        try:
-            if resumed is None:
-                make_room(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            run.lock = hold(folder)
-            (folder / "recipe.yaml").write_text(loaded.resolved_yaml())
-            (folder / "recipe.source.yaml").write_text(loaded.text)
-        except OSError as error:
-            raise UserError(f"{folder}: can't write there ({error}); set training.output") from error
-    run.accelerator.wait_for_everyone()
-    if recipe.training.trackers:
-        run.log.start_trackers(loaded.name, recipe.model_dump(mode="json"), folder)
-    if resumed:
-        logger.info("going on from %s", resumed)
-    with stopping_at_signals(run), naming_losses(run):
-        train(run)
-    if run.stop_requested and run.images < recipe.training.images:
-        how = "the same command" if recipe.training.resume == "auto" else "the same command with training.resume=auto"
-        raise Interrupted(f"stopped at image {run.images}; {how} goes on from there")
-    publish(run, loaded.name)
+    with _begun(run, loaded):
+        with stopping_at_signals(run), naming_losses(run):
+            train(run)
+        if run.stop_requested and run.images < recipe.training.images:
+            how = "" if recipe.training.resume == "auto" else " with training.resume=auto"
+            raise Interrupted(f"stopped at image {run.images}; the same command{how} goes on from there")
+        publish(run, loaded.name)
     if last:
         run.accelerator.end_training()
         if run.accelerator.is_main_process:
@@ -90,6 +73,35 @@ def run_recipe(loaded: LoadedRecipe, listener: Listener | None = None, last: boo
         for tracker in run.accelerator.trackers:
             tracker.finish()
     return folder
+
+
+@contextlib.contextmanager
+def _begun(run: Run, loaded: LoadedRecipe) -> Iterator[None]:
+    """Resume or make room, write the recipe down, and keep others out of the folder. Raises UserError."""
+    recipe, folder, main, lock = loaded.recipe, run.folder, run.accelerator.is_main_process, None
+    if main:
+        check_free(folder)
+    resumed = resume(run)
+    if main:
+        try:
+            if resumed is None:
+                make_room(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = hold(folder)
+            (folder / "recipe.yaml").write_text(loaded.resolved_yaml())
+            (folder / "recipe.source.yaml").write_text(loaded.text)
+        except OSError as error:
+            raise UserError(f"{folder}: can't write there ({error}); set training.output") from error
+    run.accelerator.wait_for_everyone()
+    if recipe.training.trackers:
+        run.log.start_trackers(loaded.name, recipe.model_dump(mode="json"), folder)
+    if resumed and main:
+        logger.info("going on from %s", resumed)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
 
 
 def hold(folder: Path) -> IO[str] | None:
