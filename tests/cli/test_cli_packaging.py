@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,4 +62,6 @@ def test_a_launcher_config_is_one_that_accelerate_reads(config: str) -> None:
     path = RECIPES / "accelerate" / f"{config}.yaml"
     read = load_config_from_file(str(path))
     assert read.num_processes == yaml.safe_load(path.read_text())["num_processes"]
-    assert f"accelerate/{config}.yaml scripts/train.py" in path.read_text()
+    assert re.search(
+        rf"accelerate launch --config_file recipes/accelerate/{config}\.yaml .*scripts/train\.py", path.read_text()
+    )
