@@ -28,7 +28,6 @@ from entrecipes.diffusion.family import Condition
 from entrecipes.diffusion.objective import Objective
 from entrecipes.recipe.schema import Recipe
 from entrecipes.training.costs import StepCosts
-from entrecipes.training.ema import EmaModel
 from entrecipes.training.heap import Heap
 from entrecipes.training.optimizer import build_optimizer
 
@@ -139,7 +138,7 @@ class Step:
         model: With `requires_grad` where it is trained.
         denoiser: Of `model`.
         x0: This process's share of a batch [n, ...], with its `condition`.
-        average: The averaged model, if there is one; `teacher`, likewise.
+        average: The averaged model's weights, if there is one. teacher: Another model that is asked, too.
         weights, copies: Bytes of the model, and of both of these.
     """
 
@@ -149,7 +148,7 @@ class Step:
     objective: Objective
     x0: Tensor
     condition: Condition
-    average: EmaModel | None
+    average: list[Tensor]
     teacher: Denoiser | None
     weights: int
     copies: int
@@ -169,8 +168,6 @@ class Step:
             torch.nn.utils.clip_grad_norm_(trained(self.model), training.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(10 * training.batch_size, training.batch_size)
 
     def _loss(self, x0: Tensor, noise: Tensor, level: Tensor, asked: Condition) -> Tensor:
         half = HALF.get(self.recipe.training.precision)

@@ -5,7 +5,6 @@ All functions are called inside `rehearsing`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ from entrecipes.recipe.base import build
 from entrecipes.recipe.blocks import UNMEASURED
 from entrecipes.recipe.pipeline import Pipeline
 from entrecipes.recipe.schema import Recipe
-from entrecipes.training.ema import EmaModel
 from entrecipes.training.rehearsal import Ledger, Step
 
 
@@ -147,11 +145,13 @@ def steps(recipe: Recipe, rows: int, ledger: Ledger) -> Iterator[tuple[str, Step
     if training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     weights = ledger.settled()
-    average = EmaModel(training.ema, model, adapter.eligible) if training.ema else None
+    # not by copy.deepcopy (EmaModel), which reads the memory that these tensors do not have and damages the heap
+    eligible = [weight for name, weight in model.named_parameters() if adapter.eligible(name)]
+    average = [torch.empty_like(tensor) for tensor in (*eligible, *model.buffers())] if training.ema else []
     denoiser = Denoiser(model, found.family, found.path)
     teacher = None
     if getattr(recipe.prune, "distill", None):
-        teacher = Denoiser(copy.deepcopy(model).requires_grad_(False).eval(), found.family, found.path)
+        teacher = Denoiser(skeleton(recipe.pipeline).model.requires_grad_(False).eval(), found.family, found.path)
     copies = ledger.settled() - weights
     x0, condition = batch_of(found, recipe, rows)
     objective = Objective(recipe.objective, found.path)
